@@ -1,0 +1,30 @@
+"""The layout of SGLang's paged index-K cache.
+
+One uint8 buffer [num_pages, 64 * 132] a layer: in each page, 64 keys of 128 float8_e4m3fn, then their 64 float32 scales.
+"""
+
+from typing import Tuple
+
+import torch
+
+PAGE_SIZE = 64
+HEAD_DIM = 128
+_KEY_BYTES = PAGE_SIZE * HEAD_DIM
+
+
+def read_pages(
+    buffer: torch.Tensor, pages: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Copy pages out of the cache.
+
+    Args:
+        buffer: uint8 [num_pages, 64 * 132], one layer of the cache.
+        pages: int [P], page numbers.
+
+    Returns:
+        keys float8_e4m3fn [P * 64, 128] and scales float32 [P * 64].
+    """
+    content = buffer[pages.long()]
+    keys = content[:, :_KEY_BYTES].reshape(-1, HEAD_DIM)
+    scales = content[:, _KEY_BYTES:].contiguous().view(torch.float32)
+    return keys.view(torch.float8_e4m3fn), scales.view(-1)

@@ -1,0 +1,159 @@
+"""The definitions: which prefix tokens each query selects under DSA, MISA and HISA.
+
+Plain torch and nothing else: no pages, no batches, no caches. One sequence at a time, everything else is tested
+against it. Shapes used throughout:
+
+    q         [T, H, 128]  float8_e4m3fn   indexer queries, one row a token, H heads
+    weights   [T, H]       float32         head gates, with q's quantization scale folded in
+    k         [S, 128]     float8_e4m3fn   indexer keys of the sequence, from its first token
+    k_scale   [S]          float32         k's quantization scale, one a token
+    lengths   [T]          int64           tokens visible to each query: positions 0 .. lengths[t] - 1
+
+Every selection returns int64 [T, topk]: positions in ascending order, padded with -1. Equal scores are broken in
+favour of the lower position. Forced tokens (a model's index_init_tokens and index_local_tokens) score +inf.
+
+Sources: DSA, arXiv 2512.02556 (eq. 1); MISA, arXiv 2605.07363; HISA, arXiv 2603.28458.
+"""
+
+import torch
+
+PAGE_SIZE = 64
+
+
+def dot(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[T, 128] x [S, 128] -> float32 [T, S]: dot products, rounded once.
+
+    A product of FP8 values is summed exactly in float64, so the result depends on no order of summation.
+    """
+    return (q.double() @ k.double().T).float()
+
+
+def token_scores(q, weights, k, k_scale) -> torch.Tensor:
+    """I[t,s] = k_scale[s] * sum_j weights[t,j] * relu(q[t,j] . k[s]) -> float32 [T, S].
+
+    The sum runs over heads in ascending order in float32.
+    """
+    scores = torch.zeros(q.shape[0], k.shape[0], device=q.device)
+    for j in range(q.shape[1]):
+        scores += weights[:, j, None] * dot(q[:, j], k).relu()
+    return scores * k_scale
+
+
+def force(scores, lengths, init_tokens: int = 0, local_tokens: int = 0) -> torch.Tensor:
+    """Score the first `init_tokens` and the last `local_tokens` visible positions of every row +inf."""
+    position = torch.arange(scores.shape[1], device=scores.device)
+    forced = (position < init_tokens) | (position >= lengths[:, None] - local_tokens)
+    return scores.masked_fill(forced, float("inf"))
+
+
+def visible(lengths: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Which of the first `tokens` positions each query sees -> bool [T, tokens]."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+
+
+def top_positions(scores, allowed, topk: int) -> torch.Tensor:
+    """The `topk` positions of highest score among the `allowed` ones (bool [T, S]) of every row."""
+    # Two stable sorts order the positions by (allowed, score, lower position first).
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    ranks = allowed.gather(1, order).int().sort(dim=1, descending=True, stable=True)
+    best = order.gather(1, ranks.indices)[:, :topk]
+    end = scores.shape[1]
+    best = best.masked_fill(~allowed.gather(1, best), end).sort(dim=1).values
+    best = best.masked_fill(best == end, -1)
+    return torch.nn.functional.pad(best, (0, topk - best.shape[1]), value=-1)
+
+
+def dsa(q, weights, k, k_scale, lengths, topk, **forced) -> torch.Tensor:
+    """DeepSeek Sparse Attention: every head scores every visible token."""
+    scores = force(token_scores(q, weights, k, k_scale), lengths, **forced)
+    return top_positions(scores, visible(lengths, len(k)), topk)
+
+
+def page_means(k, k_scale) -> torch.Tensor:
+    """Mean dequantized key of every complete 64-token page -> bfloat16 [S // 64, 128]."""
+    pages = k.shape[0] // PAGE_SIZE
+    keys = (k.double() * k_scale.double()[:, None])[: pages * PAGE_SIZE]
+    return keys.unflatten(0, (pages, PAGE_SIZE)).mean(1).float().bfloat16()
+
+
+def block_means(means: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Pooled keys of blocks of `block_size` tokens, the last one possibly partial: [P, 128] -> bfloat16 [M, 128]."""
+    blocks = means.double().split(block_size // PAGE_SIZE)
+    return torch.stack([block.mean(0) for block in blocks]).float().bfloat16()
+
+
+def route(q, weights, means, lengths, active_heads: int, block_size: int):
+    """The `active_heads` heads that contribute most to each query, in ascending order -> int64 [T, active_heads].
+
+    E[t,j] = mean over blocks b of | weights[t,j] * relu(q[t,j] . kbar[b]) |, where the blocks are those of the
+    complete pages that lie in t's prefix. Equal estimates are broken in favour of the lower head.
+    """
+    heads = []
+    for row, gate, length in zip(q, weights, lengths.tolist()):
+        estimate = torch.zeros_like(gate)
+        if length >= PAGE_SIZE:
+            pooled = block_means(means[: length // PAGE_SIZE], block_size)
+            estimate = (gate[:, None] * dot(row, pooled).relu()).abs()
+            estimate = estimate.double().mean(1).float()
+        best = estimate.sort(descending=True, stable=True).indices[:active_heads]
+        heads.append(best.sort().values)
+    return torch.stack(heads)
+
+
+def misa(
+    q,
+    weights,
+    k,
+    k_scale,
+    lengths,
+    topk,
+    *,
+    active_heads=8,
+    block_size=1024,
+    rerank_candidates=0,
+    **forced,
+) -> torch.Tensor:
+    """MISA: only the routed heads score the tokens.
+
+    With `rerank_candidates` > 0, the hierarchical variant: that many candidates are kept by the routed scores and
+    scored again by all heads.
+    """
+    heads = route(q, weights, page_means(k, k_scale), lengths, active_heads, block_size)
+    routed_q = q.float().gather(1, heads[:, :, None].expand(-1, -1, q.shape[2]))
+    scores = token_scores(routed_q, weights.gather(1, heads), k, k_scale)
+    scores = force(scores, lengths, **forced)
+    allowed = visible(lengths, len(k))
+    if rerank_candidates:
+        candidates = top_positions(scores, allowed, rerank_candidates)
+        allowed = members(candidates, len(k))
+        scores = force(token_scores(q, weights, k, k_scale), lengths, **forced)
+    return top_positions(scores, allowed, topk)
+
+
+def members(positions: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Rows of positions, -1 padded, as sets -> bool [T, tokens]."""
+    columns = positions.masked_fill(positions < 0, tokens)
+    mask = torch.zeros(
+        len(positions), tokens + 1, dtype=torch.bool, device=positions.device
+    )
+    return mask.scatter(1, columns, True)[:, :tokens]
+
+
+def hisa(
+    q, weights, k, k_scale, lengths, topk, *, block_size=128, top_blocks=64, **forced
+) -> torch.Tensor:
+    """HISA: all heads score the mean keys of blocks, then the tokens of the best blocks.
+
+    The first and the last visible block of a row are always among them, so only complete blocks compete.
+    """
+    keys = (k.double() * k_scale.double()[:, None]).split(block_size)
+    pooled = torch.stack([block.mean(0) for block in keys]).float()
+    ones = torch.ones(len(pooled), device=k.device)
+    block_lengths = (lengths + block_size - 1) // block_size
+    scores = token_scores(q, weights, pooled, ones)
+    scores = force(scores, block_lengths, init_tokens=1, local_tokens=1)
+    blocks = top_positions(scores, visible(block_lengths, len(pooled)), top_blocks)
+    allowed = members(blocks, len(pooled)).repeat_interleave(block_size, 1)
+    allowed = allowed[:, : len(k)] & visible(lengths, len(k))
+    scores = force(token_scores(q, weights, k, k_scale), lengths, **forced)
+    return top_positions(scores, allowed, topk)

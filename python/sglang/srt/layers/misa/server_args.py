@@ -1,0 +1,180 @@
+"""SGLang's server arguments with MISA's, and what MISA refuses to run with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+from sglang.srt.arg_groups.arg_utils import NS, A
+from sglang.srt.configs.model_config import is_deepseek_dsa
+from sglang.srt.environ import envs
+from sglang.srt.layers.misa import plugin
+from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV
+from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils import is_hip
+
+
+@dataclass
+class MisaServerArgs(ServerArgs):
+    """`ServerArgs` with the `--misa-*` arguments; validated where ServerArgs is.
+
+    Raises:
+        ValueError: `enable_misa` is set and a value or a combination is not supported.
+        RuntimeError: `enable_misa` is set and a hook on SGLang did not engage.
+    """
+
+    enable_misa: A[
+        bool,
+        "Enable MISA: route every query of the DSA indexer to a few of its heads and score the tokens with those only.",
+        NS("exec.kernel"),
+    ] = False
+    misa_active_heads: A[
+        int,
+        "Number of indexer heads that score the tokens of a query. All heads of the model's indexer give DSA's own selection.",
+        NS("exec.kernel"),
+    ] = 8
+    misa_block_size: A[
+        int,
+        "Tokens in a block of pooled keys that the router looks at. A multiple of 64.",
+        NS("exec.kernel"),
+    ] = 1024
+    misa_rerank_candidates: A[
+        int,
+        "Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk.",
+        NS("exec.kernel"),
+    ] = 0
+    misa_min_context: A[
+        int,
+        "Score prompt tokens that see fewer tokens than this with all heads. Applies to prefill only: in decode, lengths are not known to the host.",
+        NS("exec.kernel"),
+    ] = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.enable_misa:
+            check_misa_server_args(self)
+
+    def __setstate__(self, state):
+        # Arguments reach a scheduler before it loads its plugins; from here on it must not do without this one.
+        self.__dict__.update(state)
+        plugin.required = self.enable_misa
+
+
+class Refusal(NamedTuple):
+    """A condition on the resolved server args under which MISA does not start, and what it says then."""
+
+    applies: Callable[[MisaServerArgs], bool]
+    message: str
+
+
+# Checked before the model's configuration is looked at.
+REFUSALS = (
+    Refusal(
+        lambda args: is_hip() or args.device not in ("cuda", "cpu"),
+        "--enable-misa needs an NVIDIA GPU: ROCm, NPU and XPU are not supported; drop --enable-misa.",
+    ),
+    Refusal(
+        lambda args: args.device == "cpu" and not envs.SGLANG_USE_CPU_ENGINE.get(),
+        "--enable-misa on --device cpu needs the CPU engine of the test suite; set SGLANG_USE_CPU_ENGINE=1.",
+    ),
+    Refusal(
+        lambda args: args.attn_cp_size > 1 or args.enable_dsa_prefill_context_parallel,
+        "--enable-misa does not support context parallelism; drop --attn-cp-size and the prefill context-parallel flags.",
+    ),
+    Refusal(
+        lambda args: args.dcp_size > 1,
+        "--enable-misa does not support decode context parallelism; drop --dcp-size.",
+    ),
+    Refusal(
+        lambda args: args.disaggregation_mode != "null",
+        "--enable-misa does not support PD disaggregation: pooled keys are not transferred; drop --disaggregation-mode.",
+    ),
+    Refusal(
+        lambda args: args.enable_hierarchical_cache,
+        "--enable-misa does not support HiCache: pooled keys are not offloaded; drop --enable-hierarchical-cache.",
+    ),
+    Refusal(
+        lambda args: args.enable_lmcache or args.enable_flexkv,
+        "--enable-misa does not support external KV caches: pooled keys are not offloaded; drop --enable-lmcache and --enable-flexkv.",
+    ),
+    Refusal(
+        lambda args: args.enable_hisparse,
+        "--enable-misa does not support HiSparse; drop --enable-hisparse.",
+    ),
+    Refusal(
+        lambda args: args.enable_dsa_cache_layer_split,
+        "--enable-misa does not support the DSA cache layer split; drop --enable-dsa-cache-layer-split.",
+    ),
+    Refusal(
+        lambda args: args.speculative_algorithm is not None,
+        "--enable-misa does not support speculative decoding yet; drop --speculative-algorithm.",
+    ),
+    Refusal(
+        lambda args: args.page_size != PAGE_SIZE,
+        "--enable-misa needs pages of 64 tokens; drop --page-size or set it to 64.",
+    ),
+    Refusal(
+        lambda args: args.dsa_topk_backend == "flashinfer",
+        "--enable-misa has a top-k of its own, with its own tie-break; drop --dsa-topk-backend flashinfer.",
+    ),
+    Refusal(
+        lambda args: args.dsa_paged_mqa_logits_backend not in ("auto", "deepgemm"),
+        "--enable-misa scores with its own kernels; drop --dsa-paged-mqa-logits-backend.",
+    ),
+    Refusal(
+        lambda args: bool(os.environ.get(CAPTURE_DIR_ENV))
+        and not args.cuda_graph_config.decode.is_disabled(),
+        f"{CAPTURE_DIR_ENV} records in eager mode only; add --disable-cuda-graph.",
+    ),
+)
+
+
+def check_misa_server_args(args: MisaServerArgs) -> None:
+    """Refuse what MISA can't serve, in one sentence that names the flag and the remedy.
+
+    Raises:
+        ValueError: a value or a combination is not supported.
+        RuntimeError: a hook on SGLang did not engage.
+    """
+    # Imported here: the table of patches names this module's class.
+    from sglang.srt.layers.misa.patches import check_engaged
+
+    check_engaged()
+    for refusal in REFUSALS:
+        if refusal.applies(args):
+            raise ValueError(refusal.message)
+    hf_config = args.get_model_config().hf_config
+    if not is_deepseek_dsa(hf_config):
+        raise ValueError(
+            f"--enable-misa needs a model with DeepSeek Sparse Attention, which {args.model_path} "
+            f"({', '.join(hf_config.architectures)}) is not; drop --enable-misa."
+        )
+    _check_values(args, hf_config.index_n_heads, hf_config.index_topk)
+
+
+def _check_values(args: MisaServerArgs, num_heads: int, topk: int) -> None:
+    if topk < PAGE_SIZE:
+        raise ValueError(
+            f"--enable-misa needs a model that selects at least {PAGE_SIZE} tokens, not index_topk={topk}; "
+            "drop --enable-misa."
+        )
+    if not 1 <= args.misa_active_heads <= num_heads:
+        raise ValueError(
+            f"--misa-active-heads {args.misa_active_heads} is not between 1 and {num_heads}, the indexer heads of "
+            f"{args.model_path}; {num_heads} means exactly DSA."
+        )
+    if args.misa_block_size < PAGE_SIZE or args.misa_block_size % PAGE_SIZE:
+        raise ValueError(
+            f"--misa-block-size {args.misa_block_size} is not a positive multiple of {PAGE_SIZE}; the default is 1024."
+        )
+    if args.misa_rerank_candidates and args.misa_rerank_candidates < topk:
+        raise ValueError(
+            f"--misa-rerank-candidates {args.misa_rerank_candidates} is less than the {topk} tokens that "
+            f"{args.model_path} selects; use 0 for a single stage or at least {topk}."
+        )
+    if args.misa_min_context < 0:
+        raise ValueError(
+            f"--misa-min-context {args.misa_min_context} is negative; use 0 to route every prompt token."
+        )

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from sglang.srt.layers.misa import reference
+from sglang.srt.layers.misa.selection import (
+    positions,
+    to_ragged,
+    to_slots,
+    topk_mask,
+)
+
+SCORES = {
+    "random": lambda rows, columns: torch.randn(rows, columns),
+    "few values": lambda rows, columns: torch.randint(3, (rows, columns)).float(),
+    "zeros": lambda rows, columns: torch.zeros(rows, columns),
+    "signed zeros": lambda rows, columns: torch.zeros(rows, columns)
+    * torch.randn(rows, columns).sign(),
+    "infinities": lambda rows, columns: torch.tensor(
+        [1.0, float("inf"), -float("inf")]
+    )[torch.randint(3, (rows, columns))],
+    "rising": lambda rows, columns: torch.arange(float(columns)).expand(rows, -1),
+    "falling": lambda rows, columns: -torch.arange(float(columns)).expand(rows, -1),
+}
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("columns", [1, 99, 100, 101, 700])
+def test_selects_as_defined(kind, columns, device):
+    torch.manual_seed(0)
+    scores = SCORES[kind](50, columns).to(device)
+    lengths = torch.randint(1, columns + 1, (50,), device=device)
+    allowed = reference.visible(lengths, columns)
+    selected = positions(topk_mask(scores, allowed, 100), 100)
+    assert torch.equal(selected, reference.top_positions(scores, allowed, 100).int())
+
+
+def test_selects_among_any_allowed_subset(device):
+    torch.manual_seed(0)
+    scores = torch.randint(5, (60, 400), device=device).float()
+    allowed = torch.rand(60, 400, device=device) < torch.rand(60, 1, device=device)
+    selected = positions(topk_mask(scores, allowed, 100), 100)
+    assert torch.equal(selected, reference.top_positions(scores, allowed, 100).int())
+
+
+def test_forms_for_the_attention(device):
+    selected = torch.tensor([[0, 63, 64, 130, -1]], device=device, dtype=torch.int32)
+    page_table = torch.tensor([7, 2, 9], device=device, dtype=torch.int32)
+    slots = to_slots(selected, page_table)
+    assert slots.tolist() == [[7 * 64, 7 * 64 + 63, 2 * 64, 9 * 64 + 2, -1]]
+    offsets = torch.tensor([1000], device=device, dtype=torch.int32)
+    assert to_ragged(selected, offsets).tolist() == [[1000, 1063, 1064, 1130, -1]]
+    assert slots.dtype == to_ragged(selected, offsets).dtype == torch.int32
