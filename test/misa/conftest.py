@@ -1,3 +1,4 @@
+import functools
 import os
 
 import pytest
@@ -6,17 +7,30 @@ import torch
 # The tensors are small: a second thread costs far more than it saves.
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    from sglang_cpu_engine.launch import ENVIRONMENT
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(
-                not torch.cuda.is_available(), reason="needs an NVIDIA GPU"
-            ),
-        ),
-    ]
+    os.environ.update(ENVIRONMENT)
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU"
 )
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
 def device(request) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Writes a random model once: tiny_model(family, layers, index_topk) -> its directory."""
+    from tiny_model import write_tiny_model
+
+    @functools.cache
+    def write(family: str, layers: int, index_topk: int):
+        path = tmp_path_factory.mktemp(family)
+        write_tiny_model(path, family=family, layers=layers, index_topk=index_topk)
+        return path
+
+    return write

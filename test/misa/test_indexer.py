@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import needs_gpu
 from inputs import KINDS, make_inputs, write_cache
 
 from sglang.srt.layers.misa import indexer as indexer_module
@@ -107,3 +108,36 @@ def test_prompt_tokens_below_min_context_are_scored_by_all_heads(device):
     assert torch.equal(out[short], dense[short])
     assert torch.equal(out[~short], routed[~short])
     assert not torch.equal(dense, routed)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_runs_in_a_captured_cuda_graph(name):
+    config = CONFIGS[name]
+    inputs = make_inputs("random", rows=130, heads=16, tokens=700)
+    index_k, page_table = write_cache(inputs)
+    index_k, page_table = index_k.cuda(), page_table.cuda()
+    pooled = PooledKeys([index_k])
+    tokens = torch.arange(700, device="cuda")
+    slots = page_table[tokens // 64].long() * 64 + tokens % 64
+    pooled.update(0, index_k, slots, num_seqs=1)
+    q, weights = inputs.q[:1].cuda(), inputs.weights[:1].cuda()
+    lengths = torch.ones(1, dtype=torch.int32, device="cuda")
+    sequence = Sequence(0, slice(0, 1), len(page_table) * 64, page_table)
+
+    def select():
+        args = q, weights, index_k, pooled.layers[0], lengths, sequence
+        ((_, selection),) = MisaIndexer(config, TOPK).select_sequence(*args)
+        return selection.positions
+
+    select()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = select()
+    expected = reference.misa(*inputs, TOPK, **options(config))
+    for t, length in enumerate(inputs.lengths.tolist()):
+        q.copy_(inputs.q[t : t + 1])
+        weights.copy_(inputs.weights[t : t + 1])
+        lengths.fill_(length)
+        graph.replay()
+        assert torch.equal(out[0].long().cpu(), expected[t])

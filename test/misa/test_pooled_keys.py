@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import needs_gpu
 from inputs import KINDS, make_inputs, store_page, write_cache
 
 from sglang.srt.layers.misa import reference
@@ -82,7 +83,7 @@ def test_read_pages(device):
     assert torch.equal(scales[:200], inputs.k_scale)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 def test_runs_in_a_captured_cuda_graph():
     inputs = make_inputs("random", rows=1, heads=1, tokens=64 * 4)
     index_k, page_table = write_cache(inputs)

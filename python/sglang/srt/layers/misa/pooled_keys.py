@@ -10,18 +10,9 @@ from typing import List
 import torch
 
 from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE, read_pages
+from sglang.srt.layers.misa.reference import page_means
 
 BYTES_PER_TOKEN = HEAD_DIM * torch.bfloat16.itemsize // PAGE_SIZE
-
-
-def mean_keys(keys: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Page means of whole pages: float8_e4m3fn [P * 64, 128], float32 [P * 64] -> bfloat16 [P, 128].
-
-    Summed in float64, so that the bytes depend on neither the number of pages nor the order of summation.
-    """
-    values = keys.double() * scales.double()[:, None]
-    means = values.view(-1, PAGE_SIZE, HEAD_DIM).sum(1) / PAGE_SIZE
-    return means.float().bfloat16()
 
 
 class PooledKeys:
@@ -64,4 +55,4 @@ class PooledKeys:
         target = torch.where(completes, completes.cumsum(0) - 1, limit)
         pages = slots.new_zeros(limit + 1).scatter(0, target, slots // PAGE_SIZE)
         pages = pages[:limit]
-        self.layers[layer][pages.long()] = mean_keys(*read_pages(index_k, pages))
+        self.layers[layer][pages.long()] = page_means(*read_pages(index_k, pages))

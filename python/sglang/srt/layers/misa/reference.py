@@ -70,10 +70,16 @@ def dsa(q, weights, k, k_scale, lengths, topk, **forced) -> torch.Tensor:
 
 
 def page_means(k, k_scale) -> torch.Tensor:
-    """Mean dequantized key of every complete 64-token page -> bfloat16 [S // 64, 128]."""
+    """Mean dequantized key of every complete 64-token page -> bfloat16 [S // 64, 128].
+
+    Summed in float64 in the order of the tokens, so that a page's content alone decides the bytes.
+    """
     pages = k.shape[0] // PAGE_SIZE
     keys = (k.double() * k_scale.double()[:, None])[: pages * PAGE_SIZE]
-    return keys.unflatten(0, (pages, PAGE_SIZE)).mean(1).float().bfloat16()
+    total = torch.zeros(pages, k.shape[1], dtype=torch.float64, device=k.device)
+    for token in keys.unflatten(0, (pages, PAGE_SIZE)).unbind(1):
+        total += token
+    return (total / PAGE_SIZE).float().bfloat16()
 
 
 def block_means(means: torch.Tensor, block_size: int) -> torch.Tensor:

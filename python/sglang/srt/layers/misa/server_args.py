@@ -8,12 +8,12 @@ from typing import Callable, NamedTuple
 
 from sglang.srt.arg_groups.arg_utils import NS, A
 from sglang.srt.configs.model_config import is_deepseek_dsa
-from sglang.srt.environ import envs
 from sglang.srt.layers.misa import plugin
 from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.utils import is_hip
+from sglang.srt.utils import is_cpu, is_hip
 
 
 @dataclass
@@ -76,7 +76,7 @@ REFUSALS = (
         "--enable-misa needs an NVIDIA GPU: ROCm, NPU and XPU are not supported; drop --enable-misa.",
     ),
     Refusal(
-        lambda args: args.device == "cpu" and not envs.SGLANG_USE_CPU_ENGINE.get(),
+        lambda args: args.device == "cpu" and not is_cpu(),
         "--enable-misa on --device cpu needs the CPU engine of the test suite; set SGLANG_USE_CPU_ENGINE=1.",
     ),
     Refusal(
@@ -125,7 +125,7 @@ REFUSALS = (
     ),
     Refusal(
         lambda args: bool(os.environ.get(CAPTURE_DIR_ENV))
-        and not args.cuda_graph_config.decode.is_disabled(),
+        and args.cuda_graph_config.decode.backend != Backend.DISABLED,
         f"{CAPTURE_DIR_ENV} records in eager mode only; add --disable-cuda-graph.",
     ),
 )

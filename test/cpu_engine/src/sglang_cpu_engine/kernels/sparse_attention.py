@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-query latent attention over the selected slots (FlashMLA's sparse forward)."""
+
+from typing import Optional
+
+import torch
+
+CHUNK_ROWS = 128
+
+
+def forward_flashmla_sparse(
+    self,
+    q_all: torch.Tensor,
+    kv_cache: torch.Tensor,
+    v_head_dim: int,
+    page_table_1: torch.Tensor,
+    sm_scale: float,
+    topk_length: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """q_all: bfloat16 [rows, heads, 576]; kv_cache: bfloat16 [slots, 1, 576]; page_table_1: int32 [rows, topk], -1 pads.
+
+    Returns bfloat16 [rows, heads, v_head_dim], zeros for a row without a slot. A chunk of rows attends to the union of
+    its slots, each weighted by how often the row selected it. Neighbouring queries select much the same slots, so this
+    is one small matrix product instead of a gather for every row. float64 keeps the result, once rounded, independent of
+    the chunk and of the order of the indices.
+    """
+    kv_cache = kv_cache.view(-1, q_all.shape[-1])
+    out = torch.zeros(*q_all.shape[:2], v_head_dim, dtype=q_all.dtype)
+    for start in range(0, len(q_all), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        indices = page_table_1[rows].long()
+        slots, column = torch.unique(indices.clamp(min=0), return_inverse=True)
+        count = torch.zeros(len(indices), len(slots), dtype=torch.float64)
+        count.scatter_add_(1, column, (indices >= 0).double())
+        kv = kv_cache[slots].double()
+        count = count.unsqueeze(1)
+        scores = (q_all[rows].double() @ kv.t()).mul_(sm_scale)
+        scores.masked_fill_(count == 0, float("-inf"))
+        top = scores.amax(-1, keepdim=True).clamp_(min=-1e300)
+        weights = scores.sub_(top).exp_().mul_(count)
+        total = weights.sum(-1, keepdim=True).clamp_(min=1e-300)
+        out[rows] = (weights @ kv[:, :v_head_dim]).div_(total).to(out.dtype)
+    return out
