@@ -88,6 +88,10 @@ def check_objects(model: torch.nn.Module, pool: Any) -> None:
         RuntimeError: a class between the object and the hooked one has a method of its own.
     """
     indexers = [module for module in model.modules() if isinstance(module, Indexer)]
+    if not indexers or not hasattr(pool, "misa_pooled_keys"):
+        raise RuntimeError(
+            f"--enable-misa: {type(model).__name__} with a {type(pool).__name__} has no DSA indexer to route."
+        )
     for instance in (pool, *indexers):
         for patch in PATCHES:
             owner, name = patch.owner()

@@ -69,7 +69,6 @@ class Refusal(NamedTuple):
     message: str
 
 
-# Checked before the model's configuration is looked at.
 REFUSALS = (
     Refusal(
         lambda args: is_hip() or args.device not in ("cuda", "cpu"),
@@ -116,6 +115,10 @@ REFUSALS = (
         "--enable-misa needs pages of 64 tokens; drop --page-size or set it to 64.",
     ),
     Refusal(
+        lambda args: set(args.get_attention_backends()) != {"dsa"},
+        "--enable-misa needs the dsa attention backend; drop --attention-backend, --prefill-attention-backend and --decode-attention-backend.",
+    ),
+    Refusal(
         lambda args: args.dsa_topk_backend == "flashinfer",
         "--enable-misa has a top-k of its own, with its own tie-break; drop --dsa-topk-backend flashinfer.",
     ),
@@ -142,15 +145,15 @@ def check_misa_server_args(args: MisaServerArgs) -> None:
     from sglang.srt.layers.misa.patches import check_engaged
 
     check_engaged()
-    for refusal in REFUSALS:
-        if refusal.applies(args):
-            raise ValueError(refusal.message)
     hf_config = args.get_model_config().hf_config
     if not is_deepseek_dsa(hf_config):
         raise ValueError(
             f"--enable-misa needs a model with DeepSeek Sparse Attention, which {args.model_path} "
             f"({', '.join(hf_config.architectures)}) is not; drop --enable-misa."
         )
+    for refusal in REFUSALS:
+        if refusal.applies(args):
+            raise ValueError(refusal.message)
     _check_values(args, hf_config.index_n_heads, hf_config.index_topk)
 
 
