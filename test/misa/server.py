@@ -26,7 +26,7 @@ def server_command(model_path: str, *args: str, port: int, **options) -> List[st
         return cpu_server_command(model_path, *args, port=port, **options)
     return [
         *(sys.executable, "-m", "sglang.launch_server"),
-        *("--model-path", model_path, "--skip-tokenizer-init"),
+        *("--model-path", model_path),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--kv-cache-dtype", "bfloat16", "--mem-fraction-static", "0.4"),
         *("--dsa-prefill-backend", "flashmla_sparse"),

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Installs SGLang, MISA and the test suite into .venv: with CUDA where there is an NVIDIA GPU, else for the CPU.
+# Does nothing when that has been done already.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+inputs=(scripts/setup.sh pyproject.toml test/cpu_engine/pyproject.toml test/cpu_engine/requirements.txt)
+stamp=.venv/.installed-$(cat "${inputs[@]}" | sha256sum | cut -c1-16)
+[ -e "$stamp" ] && exit 0
+
+echo "Installing into .venv; this takes a few minutes, once."
+python3 -m venv --clear .venv
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+if command -v nvidia-smi >/dev/null; then
+  pip install -e '.[test]'
+else
+  pip install torch==2.13.0
+  pip install --no-deps -r test/cpu_engine/requirements.txt
+  pip install --no-deps -e . -e test/cpu_engine
+  pip install pytest pytest-timeout pytest-xdist
+fi
+touch "$stamp"

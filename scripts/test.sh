@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs all tests, after installing what they need: scripts/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+# One test server to a core, and one server at a time where they would share a GPU.
+workers=$(command -v nvidia-smi >/dev/null && echo 1 || nproc)
+exec .venv/bin/python -m pytest -n "$workers" --dist loadgroup "$@"

@@ -1,0 +1,197 @@
+"""Batches as SGLang hands them over: several sequences, padding rows, idle batches, every form of output."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from inputs import PAGE_SIZE, make_inputs, store_page
+
+from sglang.srt.environ import envs
+from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
+from sglang.srt.layers.misa import hooks, reference
+from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.pooled_keys import PooledKeys
+
+HEADS, TOPK, START_LAYER, LAYER = 16, 128, 3, 4
+CONFIG = MisaConfig(active_heads=3, block_size=128)
+
+
+class Batch:
+    """Sequences of `lengths` tokens in one cache, the last `rows` tokens of each being queries."""
+
+    def __init__(self, lengths, rows, device, monkeypatch, forced=(0, 0)):
+        self.sequences = [
+            make_inputs("random", r, HEADS, n, seed)
+            for seed, (n, r) in enumerate(zip(lengths, rows))
+        ]
+        pages = [-(-n // PAGE_SIZE) for n in lengths]
+        index_k = torch.zeros(1 + sum(pages), PAGE_SIZE * 132, dtype=torch.uint8)
+        self.page_table = torch.zeros(len(lengths), max(pages, default=0)).int()
+        order = iter((1 + torch.randperm(sum(pages))).tolist())
+        for i, inputs in enumerate(self.sequences):
+            for p in range(pages[i]):
+                page = next(order)
+                self.page_table[i, p] = page
+                tokens = slice(p * PAGE_SIZE, (p + 1) * PAGE_SIZE)
+                store_page(index_k[page], inputs.k[tokens], inputs.k_scale[tokens])
+        index_k, self.page_table = index_k.to(device), self.page_table.to(device)
+        pooled_keys = PooledKeys([torch.zeros(1, 1), index_k])
+        slots = torch.arange(len(index_k) * PAGE_SIZE, device=device)
+        pooled_keys.update(LAYER - START_LAYER, index_k, slots, num_seqs=len(index_k))
+        pool = SimpleNamespace(
+            start_layer=START_LAYER,
+            misa_pooled_keys=pooled_keys,
+            get_index_k_with_scale_buffer=lambda layer_id: index_k,
+        )
+        monkeypatch.setattr(hooks, "get_token_to_kv_pool", lambda: pool)
+        monkeypatch.setattr(hooks, "_config", lambda: CONFIG)
+        self.forced = dict(zip(("init_tokens", "local_tokens"), forced))
+        self.indexer = SimpleNamespace(
+            index_topk=TOPK, num_init_tokens=forced[0], num_local_tokens=forced[1]
+        )
+        self.device = device
+        self.rows = rows
+        self.seq_lens = torch.tensor(lengths, dtype=torch.int64)
+
+    def stacked(self, name, padding):
+        values = [getattr(inputs, name) for inputs in self.sequences]
+        rest = (HEADS, 128) if name == "q" else (HEADS,)
+        dtype = torch.float8_e4m3fn if name == "q" else torch.float32
+        values.append(torch.ones(padding, *rest).to(dtype))
+        # torch.cat has no kernel for float8.
+        return torch.cat([v.float() for v in values]).to(dtype).to(self.device)
+
+    def metadata(self, method, offsets=None, unfused=True):
+        lengths = [inputs.lengths for inputs in self.sequences]
+        lengths = torch.cat(lengths) if lengths else torch.zeros(0)
+        return SimpleNamespace(
+            get_page_table_64=lambda: self.page_table,
+            get_seqlens_expanded=lambda: lengths.int().to(self.device),
+            get_seqlens_int32=lambda: self.seq_lens.int().to(self.device),
+            get_indexer_seq_len_cpu=lambda: self.seq_lens,
+            get_dsa_extend_len_cpu=lambda: list(self.rows),
+            topk_transform_method=method,
+            force_unfused_topk=unfused,
+            attn_metadata=SimpleNamespace(topk_indices_offset=offsets),
+        )
+
+    def select_ragged(self, padding=0, out=None, **metadata):
+        return hooks.select_ragged(
+            None,
+            self.indexer,
+            False,
+            SimpleNamespace(),
+            LAYER,
+            self.stacked("q", padding),
+            self.stacked("weights", padding)[:, :, None],
+            self.metadata(**metadata),
+            out,
+        )
+
+    def select_paged(self, padding=0, **metadata):
+        return hooks.select_paged(
+            None,
+            self.indexer,
+            SimpleNamespace(),
+            LAYER,
+            self.stacked("q", padding),
+            self.stacked("weights", padding)[:, :, None],
+            self.metadata(**metadata),
+        )
+
+    def expected(self):
+        return torch.cat(
+            [
+                reference.misa(*s, TOPK, active_heads=3, block_size=128, **self.forced)
+                for s in self.sequences
+            ]
+        )
+
+
+PAGED, RAGGED = TopkTransformMethod.PAGED, TopkTransformMethod.RAGGED
+LENGTHS, EXTENDS = [300, 1, 129, 700], [300, 1, 40, 3]
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("forced", [(0, 0), (4, 70)])
+def test_extend(padding, forced, device, monkeypatch):
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, forced)
+    out = batch.select_ragged(padding, method=PAGED).cpu().long()
+    rows = sum(EXTENDS)
+    assert torch.equal(out[:rows], batch.expected())
+    assert out.shape == (rows + padding, TOPK) and (out[rows:] == -1).all()
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("forced", [(0, 0), (4, 70)])
+def test_decode(padding, forced, device, monkeypatch):
+    batch = Batch(LENGTHS, [1] * 4, device, monkeypatch, forced)
+    out = batch.select_paged(padding, method=PAGED).cpu().long()
+    assert torch.equal(out[:4], batch.expected())
+    assert out.shape == (4 + padding, TOPK) and (out[4:] == -1).all()
+
+
+def test_extend_into_the_buffer_of_a_cuda_graph(device, monkeypatch):
+    """The buffer has the padded number of rows, q the real one."""
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch)
+    rows = sum(EXTENDS)
+    buffer = torch.full((rows + 9, TOPK), -1, dtype=torch.int32, device=device)
+    assert batch.select_ragged(out=buffer, method=PAGED) is buffer
+    assert torch.equal(buffer[:rows].cpu().long(), batch.expected())
+    assert (buffer[rows:] == -1).all()
+
+
+def test_idle_batches(device, monkeypatch):
+    batch = Batch([], [], device, monkeypatch)
+    for padding in (0, 4):
+        for select in (batch.select_ragged, batch.select_paged):
+            out = select(padding, method=PAGED)
+            assert out.shape == (padding, TOPK) and (out == -1).all()
+
+
+@pytest.mark.parametrize("rows, select", [(EXTENDS, "ragged"), ([1] * 4, "paged")])
+def test_fused_output_is_slots(rows, select, device, monkeypatch):
+    batch = Batch(LENGTHS, rows, device, monkeypatch)
+    with envs.SGLANG_DSA_FUSE_TOPK.override(True):
+        out = getattr(batch, f"select_{select}")(method=PAGED, unfused=False).cpu()
+    table = batch.page_table.cpu().long().repeat_interleave(torch.tensor(rows), 0)
+    chosen = batch.expected()
+    slots = table.gather(1, (chosen // PAGE_SIZE).clamp(min=0)) * PAGE_SIZE
+    slots = (slots + chosen % PAGE_SIZE).masked_fill(chosen < 0, -1)
+    assert torch.equal(out.long(), slots)
+
+
+def test_fused_output_is_offsets_where_keys_are_ragged(device, monkeypatch):
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch)
+    starts = torch.tensor([0, 300, 301, 430]).repeat_interleave(torch.tensor(EXTENDS))
+    with envs.SGLANG_DSA_FUSE_TOPK.override(True):
+        out = batch.select_ragged(
+            method=RAGGED, unfused=False, offsets=starts.int().to(device)
+        )
+    chosen = batch.expected()
+    expected = (chosen + starts[:, None]).masked_fill(chosen < 0, -1)
+    assert torch.equal(out.cpu().long(), expected)
+
+
+def test_sglang_is_left_alone_without_misa(monkeypatch):
+    monkeypatch.setattr(hooks, "_config", lambda: None)
+    result = object()
+    metadata = SimpleNamespace()
+    args = [SimpleNamespace(), None, None, 0, None, None, metadata]
+    assert hooks.select_ragged(lambda *given: result, *args) is result
+    args.pop(1)
+    assert hooks.select_paged(lambda *given: result, *args) is result
+    assert hooks.create_pooled_keys(None, SimpleNamespace()) is None
+    assert hooks.add_pooled_keys_size(10, SimpleNamespace()) is None
+    assert hooks.add_pooled_keys_cell_size(10, None, None, 3) is None
+
+
+def test_pooled_keys_are_counted(monkeypatch):
+    monkeypatch.setattr(hooks, "_config", lambda: CONFIG)
+    pages = [torch.zeros(10, 64 * 132, dtype=torch.uint8)] * 3
+    pool = SimpleNamespace(index_k_with_scale_buffer=pages)
+    hooks.create_pooled_keys(None, pool)
+    assert hooks.add_pooled_keys_size(1000, pool) == 1000 + 10 * 3 * 256
+    assert hooks.add_pooled_keys_cell_size(1000, None, None, 3) == 1000 + 4 * 3
+    hooks.clear_pooled_keys(None, pool)
+    assert not hasattr(pool, "misa_pooled_keys")
