@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument(
         "server_args",
         nargs="*",
-        default=["--enable-misa"],
+        default=["--enable-misa", "--disable-cuda-graph"],
         help="SGLang's arguments, after --",
     )
     args = parser.parse_args()
