@@ -48,21 +48,16 @@ def ask(server: Server, prompt: str, new_tokens: int = 16) -> Dict:
 
 
 def overlap(records: List[Dict], topk: int, rows: int = 32) -> float:
-    """The share of DSA's selection that MISA selects too, over the last `rows` queries that had to choose."""
-    shares = []
-    for record in records:
-        chosen = [t for t, n in enumerate(record["lengths"].tolist()) if n > topk]
-        chosen = chosen[-rows:]
-        dsa = reference.dsa(
-            record["q"][chosen],
-            record["weights"][chosen],
-            record["k"],
-            record["k_scale"],
-            record["lengths"][chosen],
-            topk,
-        )
-        for ours, theirs in zip(record["positions"][chosen].tolist(), dsa.tolist()):
-            shares.append(len(set(ours) & set(theirs)) / topk)
+    """The share of DSA's selection that MISA selects too, for the last `rows` queries of the prompt."""
+    record = [record for record in records if len(record["q"]) > 1][-1]
+    q, weights, lengths, positions = (
+        record[name][-rows:] for name in ("q", "weights", "lengths", "positions")
+    )
+    dsa = reference.dsa(q, weights, record["k"], record["k_scale"], lengths, topk)
+    shares = [
+        len(set(ours) & set(theirs)) / topk
+        for ours, theirs in zip(positions.tolist(), dsa.tolist())
+    ]
     return sum(shares) / len(shares)
 
 
@@ -79,9 +74,8 @@ def report(answer: Dict, records: List[Dict], topk: int) -> None:
         used = {head for record in own for head in record["heads"].unique().tolist()}
         heads = " ".join(f"{head:2}" for head in own[-1]["heads"][-1].tolist())
         total = own[0]["q"].shape[1]
-        prompt = max(own, key=lambda record: len(record["q"]))
         print(
-            f"  {layer:5}  {heads:33}  {len(used):2} of {total}    {overlap([prompt], topk):.1%}"
+            f"  {layer:5}  {heads:33}  {len(used):2} of {total}    {overlap(own, topk):.1%}"
         )
 
 

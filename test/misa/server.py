@@ -108,13 +108,14 @@ class Server:
         return requests.get(self.url + "/get_server_info", timeout=60).json()
 
     def generate(
-        self, tokens: List[int], new_tokens: int = 4, rid: Optional[str] = None
+        self, tokens: List[int], new_tokens: int = 4, rid: Optional[str] = None, **body
     ) -> Dict:
         """Greedy generation from token ids; returns SGLang's answer."""
         answer = self.post(
             "/generate",
             input_ids=tokens,
             rid=rid,
+            **body,
             sampling_params={
                 "temperature": 0,
                 "max_new_tokens": new_tokens,

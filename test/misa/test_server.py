@@ -46,7 +46,16 @@ def cached(answer):
 
 
 @pytest.fixture(
-    scope="module", params=[(f, c) for f in FAMILIES for c in CHUNKS], ids=str
+    scope="module",
+    params=[
+        # One worker runs all the tests of a server.
+        pytest.param(
+            (family, chunk), marks=pytest.mark.xdist_group(f"{family}-{chunk}")
+        )
+        for family in FAMILIES
+        for chunk in CHUNKS
+    ],
+    ids=lambda param: "-".join(map(str, param)),
 )
 def server(request, tiny_model, tmp_path_factory):
     family, chunk = request.param
@@ -174,30 +183,31 @@ def test_all_heads_are_dsa(family, tiny_model, tmp_path):
     """--misa-active-heads H: SGLang's own selections and output tokens."""
     model = tiny_model(family, LAYERS, TOPK)
     heads = {"deepseek_v32": 64, "glm_moe_dsa": 32}[family]
+    prompt, new_tokens = 600, 12
+    last = prompt + new_tokens - 1
     answers, chosen = [], []
     for name, args in (
         ("dsa", ()),
         ("misa", misa_args(MisaConfig(active_heads=heads))),
     ):
-        (tmp_path / name).mkdir()
         with Server(model, tmp_path / name, *args) as server:
-            answers.append(server.generate(tokens(900), 40))
+            answers.append(server.generate(tokens(prompt), new_tokens))
             records = server.records()
-            chosen.append(selections(records, 1, 939))
+            chosen.append(selections(records, 1, last).sort(dim=2).values)
     check_records(records, MisaConfig(active_heads=heads), TOPK)
     assert output(answers[0]) == output(answers[1])
-    dsa, misa = (rows.sort(dim=2).values for rows in chosen)
     for record in records:
         scores = reference.token_scores(
             *(record[name] for name in ("q", "weights", "k", "k_scale"))
         )
         for length, row in zip(record["lengths"].tolist(), scores):
-            ours = misa[record["layer_id"], length - 1]
-            theirs = dsa[record["layer_id"], length - 1]
+            if length > last:
+                continue
+            dsa, misa = (rows[record["layer_id"], length - 1].long() for rows in chosen)
             # The same tokens, or others of equal score.
-            assert torch.equal(ours >= 0, theirs >= 0)
-            ours, theirs = (row[x[x >= 0].long()].sort().values for x in (ours, theirs))
-            assert torch.equal(ours, theirs)
+            assert torch.equal(dsa >= 0, misa >= 0)
+            dsa, misa = (row[x[x >= 0]].sort().values for x in (dsa, misa))
+            assert torch.equal(dsa, misa)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,11 +227,11 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
         *("--chunked-prefill-size", "512", "--enable-mixed-chunk"),
     ) as server:
         with ThreadPoolExecutor(3) as threads:
-            first = threads.submit(server.generate, tokens(600, 1), 60)
-            time.sleep(1.5)
+            first = threads.submit(server.generate, tokens(600, 1), 24)
+            time.sleep(1)
             others = [
-                threads.submit(server.generate, tokens(size, size), 20)
-                for size in (1500, 900)
+                threads.submit(server.generate, tokens(size, size), 6)
+                for size in (1300, 900)
             ]
             assert all(a.result() for a in (first, *others))
         records = server.records()
@@ -237,20 +247,21 @@ def test_retraction(family, tiny_model, tmp_path):
         tmp_path,
         *misa_args(),
         *("--chunked-prefill-size", "512", "--schedule-conservativeness", "0.01"),
-        max_total_tokens=1408,
+        max_total_tokens=1024,
     ) as server:
-        prompt = tokens(350)
+        prompt = tokens(300)
         before = server.generate(prompt, 50)
         first = server.records()
         server.flush_cache()
         server.forget()
-        with ThreadPoolExecutor(3) as threads:
+        with ThreadPoolExecutor(2) as threads:
+            # Two are let in, 5 pages each, and want 10 pages each of the 16.
             answers = [
-                threads.submit(server.generate, tokens(350, seed), 200)
-                for seed in (1, 2, 3)
+                threads.submit(server.generate, tokens(300, seed), 330)
+                for seed in (1, 2)
             ]
-            assert all(len(output(answer.result())) == 200 for answer in answers)
-        assert "KV cache pool is full" in server.log.read_text(), "none was retracted"
+            assert all(len(output(answer.result())) == 330 for answer in answers)
+        assert "#retracted_reqs: 1" in server.log.read_text(), "none was retracted"
         check_records(server.records(), CONFIG, TOPK)
         server.flush_cache()
         server.forget()
@@ -258,5 +269,5 @@ def test_retraction(family, tiny_model, tmp_path):
         again = server.records()
     assert output(after) == output(before)
     check_records(again, CONFIG, TOPK)
-    rows = 1, 399
+    rows = 1, 349
     assert torch.equal(selections(again, *rows), selections(first, *rows))

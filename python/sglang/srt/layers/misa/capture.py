@@ -1,7 +1,7 @@
 """Recording what the indexer was given and what it chose, for tests and for measuring recall.
 
 With SGLANG_MISA_CAPTURE_DIR set, every call of the indexer, MISA's or SGLang's own, leaves one file per chunk of rows.
-Eager mode only: a replayed CUDA graph runs no Python.
+A CUDA graph runs no Python, so calls inside one leave nothing: add --disable-cuda-graph to record decode on a GPU.
 """
 
 from __future__ import annotations
@@ -76,6 +76,13 @@ def load_records(directory: str) -> List[Dict]:
     return [torch.load(path) for path in sorted(Path(directory).glob("*.pt"))]
 
 
-recorder = (
+_recorder = (
     Recorder(os.environ[CAPTURE_DIR_ENV]) if os.environ.get(CAPTURE_DIR_ENV) else None
 )
+
+
+def active_recorder() -> Optional[Recorder]:
+    """The recorder, if this call is to be recorded."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None
+    return _recorder

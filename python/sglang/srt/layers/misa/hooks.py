@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Iterable, Optional
 
 import torch
 
-from sglang.srt.layers.misa.capture import recorder
+from sglang.srt.layers.misa.capture import active_recorder
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.indexer import (
     MisaIndexer,
@@ -62,7 +62,7 @@ def select_ragged(
         metadata,
         topk_result,
     )
-    if recorder is not None:
+    if active_recorder() is not None:
         call.record_dsa(ragged_sequences(metadata), result)
     return result
 
@@ -75,7 +75,7 @@ def select_paged(
     if (config := _config()) is not None:
         return call.select(config, paged_sequences(metadata))
     result = original(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-    if recorder is not None:
+    if active_recorder() is not None:
         call.record_dsa(paged_sequences(metadata), result)
     return result
 
@@ -123,7 +123,7 @@ class _Call:
                 out[rows] = to_attention_indices(
                     selection.positions, rows, sequence, self.metadata
                 )
-                if recorder is not None:
+                if active_recorder() is not None:
                     self._record(
                         sequence,
                         rows,
@@ -140,7 +140,7 @@ class _Call:
 
     def _record(self, sequence, rows, positions, heads=None, pooled_keys=None) -> None:
         pool = get_token_to_kv_pool()
-        recorder.record(
+        active_recorder().record(
             layer_id=self.layer_id,
             rid=self.forward_batch.rids[sequence.index],
             q=self.q[rows],

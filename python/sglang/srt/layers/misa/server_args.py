@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
 from sglang.srt.arg_groups.arg_utils import NS, A
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import plugin
-from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
-from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import is_cpu, is_hip
 
@@ -125,11 +122,6 @@ REFUSALS = (
     Refusal(
         lambda args: args.dsa_paged_mqa_logits_backend not in ("auto", "deepgemm"),
         "--enable-misa scores with its own kernels; drop --dsa-paged-mqa-logits-backend.",
-    ),
-    Refusal(
-        lambda args: bool(os.environ.get(CAPTURE_DIR_ENV))
-        and args.cuda_graph_config.decode.backend != Backend.DISABLED,
-        f"{CAPTURE_DIR_ENV} records in eager mode only; add --disable-cuda-graph.",
     ),
 )
 
