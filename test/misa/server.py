@@ -33,6 +33,8 @@ def server_command(model_path: str, *args: str, port: int, **options) -> List[st
         *("--dsa-decode-backend", "flashmla_sparse"),
         *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
         *("--context-length", "40000", "--max-running-requests", "8"),
+        # SGLang pins host memory for as many tokens with --enable-return-indexer-topk.
+        *("--max-total-tokens", "65536"),
         *args,
     ]
 
@@ -106,6 +108,17 @@ class Server:
 
     def info(self) -> Dict:
         return requests.get(self.url + "/get_server_info", timeout=60).json()
+
+    def metrics(self) -> Dict[str, float]:
+        """The server's metrics without their labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        text = requests.get(self.url + "/metrics", timeout=60).text
+        return {
+            sample.name: sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
 
     def generate(
         self, tokens: List[int], new_tokens: int = 4, rid: Optional[str] = None, **body

@@ -225,7 +225,14 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
         tmp_path,
         *misa_args(config),
         *("--chunked-prefill-size", "512", "--enable-mixed-chunk"),
+        "--enable-metrics",
     ) as server:
+        info, metrics = server.info(), server.metrics()
+        assert info["misa_active_heads"] == config.active_heads
+        for name in ("active_heads", "block_size", "rerank_candidates"):
+            assert metrics[f"sglang:misa_{name}"] == getattr(config, name)
+        size = info["misa"]["pooled_keys_bytes"]
+        assert metrics["sglang:misa_pooled_keys_bytes"] == size > 0
         with ThreadPoolExecutor(3) as threads:
             first = threads.submit(server.generate, tokens(600, 1), 24)
             time.sleep(1)

@@ -35,6 +35,8 @@ FLAGS = [
     "--mem-fraction-static", "0.3",
     "--sampling-backend", "pytorch",
     "--grammar-backend", "none",
+    # The cores are few, and an idle scheduler would keep one busy.
+    "--sleep-on-idle",
     # bfloat16 logits tie too often for greedy decoding to be a test of anything.
     "--enable-fp32-lm-head",
 ]

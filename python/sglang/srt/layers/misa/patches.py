@@ -16,6 +16,7 @@ import torch
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 from sglang.srt.layers.misa import hooks
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.metrics import export
 from sglang.srt.layers.misa.server_args import MisaServerArgs
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.version import __version__ as sglang_version
@@ -119,6 +120,8 @@ def report(info: Dict[str, Any], scheduler: Any) -> Optional[Dict[str, Any]]:
     logger.info(
         "MISA is on. %s, pooled keys: %.2f GB", config, pooled_keys_bytes / (1 << 30)
     )
+    if scheduler.metrics_collector is not None:
+        export(config, pooled_keys_bytes, scheduler.metrics_collector.labels)
     return {**info, "misa": {"pooled_keys_bytes": pooled_keys_bytes}}
 
 
