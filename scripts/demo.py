@@ -98,7 +98,7 @@ def main() -> None:
     text = args.text.read_text()
     with tempfile.TemporaryDirectory() as directory:
         print(
-            "Writing a tiny DeepSeek-V3.2 with random weights: its answers are noise.",
+            "Writing a tiny DeepSeek-V3.2 with random weights: its answers are noise, and its heads agree on nothing.",
             flush=True,
         )
         model = Path(directory) / "model"
