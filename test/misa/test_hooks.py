@@ -80,7 +80,7 @@ class Batch:
             None,
             self.indexer,
             False,
-            SimpleNamespace(),
+            SimpleNamespace(rids=None),
             LAYER,
             self.stacked("q", padding),
             self.stacked("weights", padding)[:, :, None],
@@ -92,7 +92,7 @@ class Batch:
         return hooks.select_paged(
             None,
             self.indexer,
-            SimpleNamespace(),
+            SimpleNamespace(rids=None),
             LAYER,
             self.stacked("q", padding),
             self.stacked("weights", padding)[:, :, None],
@@ -177,7 +177,15 @@ def test_sglang_is_left_alone_without_misa(monkeypatch):
     monkeypatch.setattr(hooks, "_config", lambda: None)
     result = object()
     metadata = SimpleNamespace()
-    args = [SimpleNamespace(), None, None, 0, None, None, metadata]
+    args = [
+        SimpleNamespace(),
+        None,
+        SimpleNamespace(rids=None),
+        0,
+        None,
+        None,
+        metadata,
+    ]
     assert hooks.select_ragged(lambda *given: result, *args) is result
     args.pop(1)
     assert hooks.select_paged(lambda *given: result, *args) is result

@@ -93,6 +93,8 @@ def test_decode_in_cuda_graphs(family, tiny_model, tmp_path):
             model,
             tmp_path / name,
             *misa_args(MisaConfig()),
+            # The recorder sees eager calls only: prefill here, while decode runs in full graphs.
+            *("--cuda-graph-backend-prefill", "disabled"),
             "--enable-return-indexer-topk",
             env=env,
         ) as server:

@@ -1,7 +1,7 @@
 """Recording what the indexer was given and what it chose, for tests and for measuring recall.
 
 With SGLANG_MISA_CAPTURE_DIR set, every call of the indexer, MISA's or SGLang's own, leaves one file per chunk of rows.
-A CUDA graph runs no Python, so calls inside one leave nothing: add --disable-cuda-graph to record decode on a GPU.
+Calls under a CUDA graph leave nothing, those of a prefill graph included: add --disable-cuda-graph to record on a GPU.
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Iterable, Optional
 
 import torch
 
-from sglang.srt.layers.misa.capture import active_recorder
+from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV, active_recorder
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.indexer import (
     MisaIndexer,
     Sequence,
+    is_fused,
     paged_sequences,
     ragged_sequences,
     to_attention_indices,
@@ -62,8 +63,7 @@ def select_ragged(
         metadata,
         topk_result,
     )
-    if active_recorder() is not None:
-        call.record_dsa(ragged_sequences(metadata), result)
+    call.record_dsa(ragged_sequences(metadata), result)
     return result
 
 
@@ -75,8 +75,7 @@ def select_paged(
     if (config := _config()) is not None:
         return call.select(config, paged_sequences(metadata))
     result = original(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-    if active_recorder() is not None:
-        call.record_dsa(paged_sequences(metadata), result)
+    call.record_dsa(paged_sequences(metadata), result)
     return result
 
 
@@ -123,26 +122,39 @@ class _Call:
                 out[rows] = to_attention_indices(
                     selection.positions, rows, sequence, self.metadata
                 )
-                if active_recorder() is not None:
-                    self._record(
-                        sequence,
-                        rows,
-                        selection.positions,
-                        heads=selection.heads,
-                        pooled_keys=pooled_keys,
-                    )
+                self._record(
+                    sequence,
+                    rows,
+                    selection.positions,
+                    heads=selection.heads,
+                    pooled_keys=pooled_keys,
+                )
         return out
 
     def record_dsa(self, sequences: Iterable[Sequence], result: torch.Tensor) -> None:
-        """Record what SGLang's own indexer chose; needs SGLANG_DSA_FUSE_TOPK=false for positions."""
+        """Record what SGLang's own indexer chose.
+
+        Raises:
+            RuntimeError: it chose slots of the cache, not positions.
+        """
+        if active_recorder() is None:
+            return
+        if is_fused(self.metadata):
+            raise RuntimeError(
+                f"{CAPTURE_DIR_ENV} records positions; set SGLANG_DSA_FUSE_TOPK=false."
+            )
         for sequence in sequences:
             self._record(sequence, sequence.rows, result[sequence.rows])
 
     def _record(self, sequence, rows, positions, heads=None, pooled_keys=None) -> None:
+        recorder, rids = active_recorder(), self.forward_batch.rids
+        # The warm-up of a CUDA graph belongs to no request.
+        if recorder is None or rids is None:
+            return
         pool = get_token_to_kv_pool()
-        active_recorder().record(
+        recorder.record(
             layer_id=self.layer_id,
-            rid=self.forward_batch.rids[sequence.index],
+            rid=rids[sequence.index],
             q=self.q[rows],
             weights=self.weights.squeeze(-1)[rows],
             lengths=self.metadata.get_seqlens_expanded()[rows],

@@ -194,6 +194,11 @@ def paged_sequences(metadata: DSAIndexerMetadata) -> Iterator[Sequence]:
         )
 
 
+def is_fused(metadata: DSAIndexerMetadata) -> bool:
+    """Whether the attention of this batch takes slots or offsets instead of positions."""
+    return envs.SGLANG_DSA_FUSE_TOPK.get() and not metadata.force_unfused_topk
+
+
 def to_attention_indices(
     selected: torch.Tensor,
     rows: slice,
@@ -201,7 +206,7 @@ def to_attention_indices(
     metadata: DSAIndexerMetadata,
 ) -> torch.Tensor:
     """Positions in the form that the sparse attention of this batch takes: int32 [T, topk] in, int32 [T, topk] out."""
-    if not envs.SGLANG_DSA_FUSE_TOPK.get() or metadata.force_unfused_topk:
+    if not is_fused(metadata):
         return selected
     if metadata.topk_transform_method == TopkTransformMethod.RAGGED:
         offsets = metadata.attn_metadata.topk_indices_offset[rows]
