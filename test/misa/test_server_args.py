@@ -108,6 +108,7 @@ COMBINATIONS = [
     (SPECULATIVE, "drop --speculative-algorithm"),
     ("--prefill-attention-backend flashinfer", "--prefill-attention-backend"),
     ("--decode-attention-backend flashinfer", "--decode-attention-backend"),
+    ("--cuda-graph-backend-prefill full", "drop --cuda-graph-backend-prefill full"),
     ("--dsa-topk-backend flashinfer", "drop --dsa-topk-backend flashinfer"),
     (
         "--dsa-paged-mqa-logits-backend cutedsl",

@@ -9,6 +9,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import plugin
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import is_cpu, is_hip
 
@@ -114,6 +115,10 @@ REFUSALS = (
     Refusal(
         lambda args: set(args.get_attention_backends()) != {"dsa"},
         "--enable-misa needs the dsa attention backend; drop --attention-backend, --prefill-attention-backend and --decode-attention-backend.",
+    ),
+    Refusal(
+        lambda args: args.cuda_graph_config.prefill.backend == Backend.FULL,
+        "--enable-misa takes the lengths of prompts from the host; drop --cuda-graph-backend-prefill full.",
     ),
     Refusal(
         lambda args: args.dsa_topk_backend == "flashinfer",
