@@ -37,6 +37,16 @@ def test_a_target_that_is_gone(patch, monkeypatch):
         patches.check_engaged()
 
 
+@pytest.mark.parametrize(
+    "target", ["sglang.srt.no_such_module.f", "sglang.srt.server_args.NoSuchClass.f"]
+)
+def test_an_owner_that_is_gone(target, monkeypatch):
+    patch = patches.PATCHES[0]._replace(target=target)
+    monkeypatch.setattr(patches, "PATCHES", (patch,))
+    with pytest.raises(RuntimeError, match=f"{target} did not engage"):
+        patches.check_engaged()
+
+
 def test_an_unknown_sglang(monkeypatch):
     monkeypatch.setattr(patches, "sglang_version", "0.6.0")
     with pytest.raises(RuntimeError, match="SGLang 0.6.0 .* install sglang==0.5.17"):

@@ -41,7 +41,10 @@ class Patch(NamedTuple):
 
     def engaged(self) -> bool:
         """Whether the hook runs when the target is called."""
-        owner, name = self.owner()
+        try:
+            owner, name = self.owner()
+        except (ImportError, AttributeError):
+            return False
         return runs(getattr(owner, name, None), self.hook)
 
 

@@ -126,7 +126,7 @@ REFUSALS = (
     ),
     Refusal(
         lambda args: args.dsa_paged_mqa_logits_backend not in ("auto", "deepgemm"),
-        "--enable-misa scores with its own kernels; drop --dsa-paged-mqa-logits-backend.",
+        "--enable-misa does its own scoring; drop --dsa-paged-mqa-logits-backend.",
     ),
 )
 
