@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 # One test server to a core, and one server at a time where they would share a GPU.
-workers=$(command -v nvidia-smi >/dev/null && echo 1 || nproc)
+workers=$(command -v nvidia-smi >/dev/null && echo 1 || echo $(( $(nproc) < 8 ? $(nproc) : 8 )))
 exec .venv/bin/python -m pytest -n "$workers" --dist loadgroup "$@"

@@ -122,5 +122,6 @@ def test_decode_in_cuda_graphs(family, tiny_model, tmp_path):
             graph = selected_positions(answer)
             overlaps = [overlap(graph[n - 1, 0], cold[n]) for n in range(2301, 2440)]
             print(f"{family}: overlap {min(overlaps):.4f} to {max(overlaps):.4f}")
-            assert sum(overlaps) / len(overlaps) > 0.98
+            # A wrong length or page table gives what chance gives, about 0.8.
+            assert sum(overlaps) / len(overlaps) > 0.9
     assert outputs["slots"] == outputs["positions"]
