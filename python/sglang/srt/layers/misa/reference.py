@@ -34,6 +34,7 @@ def token_scores(q, weights, k, k_scale) -> torch.Tensor:
     The sum runs over heads in ascending order in float32.
     """
     scores = torch.zeros(q.shape[0], k.shape[0], device=q.device)
+    k = k.double()  # once, not once a head
     for j in range(q.shape[1]):
         scores += weights[:, j, None] * dot(q[:, j], k).relu()
     return scores * k_scale
