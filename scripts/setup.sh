@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-inputs=(scripts/setup.sh pyproject.toml test/cpu_engine/pyproject.toml test/cpu_engine/requirements.txt)
+inputs=(scripts/setup.sh pyproject.toml test/requirements.txt test/cpu_engine/pyproject.toml test/cpu_engine/requirements.txt)
 stamp=.venv/.installed-$(cat "${inputs[@]}" | sha256sum | cut -c1-16)
 [ -e "$stamp" ] && exit 0
 
@@ -12,12 +12,11 @@ echo "Installing into .venv; this takes a few minutes, once."
 python3 -m venv --clear .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 if command -v nvidia-smi >/dev/null; then
-  pip install -e '.[test]'
+  pip install -e .
 else
   pip install torch==2.13.0
   pip install --no-deps -r test/cpu_engine/requirements.txt
   pip install --no-deps -e . -e test/cpu_engine
-  # pytest-xdist 3.8 does not group tests by server under pytest 9.
-  pip install 'pytest<9' pytest-timeout pytest-xdist
 fi
+pip install -r test/requirements.txt
 touch "$stamp"

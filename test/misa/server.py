@@ -1,18 +1,20 @@
 """A real SGLang server for tests: on the GPU if there is one, else on the CPU engine."""
 
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import requests
 import torch
 
 from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV, load_records
+from sglang.srt.layers.misa.config import MisaConfig
 
 # Long enough for the first start on a GPU, which compiles SGLang's kernels.
 START_SECONDS = 400
@@ -46,6 +48,22 @@ def server_env() -> Dict[str, str]:
 
     # The machine may have as few as two cores, and a test run as many servers.
     return cpu_server_env({**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def misa_args(config: MisaConfig) -> Tuple[str, ...]:
+    """The command line of a configuration."""
+    return (
+        "--enable-misa",
+        *("--misa-active-heads", str(config.active_heads)),
+        *("--misa-block-size", str(config.block_size)),
+        *("--misa-rerank-candidates", str(config.rerank_candidates)),
+        *("--misa-min-context", str(config.min_context)),
+    )
+
+
+def tokens(count: int, seed: int = 0) -> List[int]:
+    """A random prompt."""
+    return random.Random(seed).choices(range(2, 250), k=count)
 
 
 class Server:
@@ -145,6 +163,11 @@ class Server:
                 return
             time.sleep(0.1)
         raise RuntimeError("the server does not become idle")
+
+    def reset(self) -> None:
+        """Empty the cache and drop the records so far."""
+        self.flush_cache()
+        self.forget()
 
     def forget(self) -> None:
         """Drop the records so far."""

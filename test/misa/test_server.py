@@ -1,13 +1,12 @@
 """MISA in a server on the CPU engine: scheduler, radix cache, chunked prefill and decode are SGLang's own."""
 
-import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from checks import check_records, covered, selections
-from server import Server
+from server import Server, misa_args, tokens
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
@@ -21,20 +20,6 @@ CONFIG = MisaConfig(active_heads=8, block_size=256)
 FAMILIES = ["deepseek_v32", "glm_moe_dsa"]
 # Chunks of the prompt, which SGLang takes in whole pages; 8192 is the whole prompt in one go.
 CHUNKS = [256, 512, 1024, 8192]
-
-
-def misa_args(config=CONFIG):
-    return (
-        "--enable-misa",
-        *("--misa-active-heads", str(config.active_heads)),
-        *("--misa-block-size", str(config.block_size)),
-        *("--misa-rerank-candidates", str(config.rerank_candidates)),
-        *("--misa-min-context", str(config.min_context)),
-    )
-
-
-def tokens(count, seed=0):
-    return random.Random(seed).choices(range(2, 250), k=count)
 
 
 def output(answer):
@@ -62,7 +47,7 @@ def server(request, tiny_model, tmp_path_factory):
     with Server(
         tiny_model(family, LAYERS, TOPK),
         tmp_path_factory.mktemp("server"),
-        *misa_args(),
+        *misa_args(CONFIG),
         *("--chunked-prefill-size", str(chunk)),
     ) as running:
         running.chunk = chunk
@@ -72,8 +57,7 @@ def server(request, tiny_model, tmp_path_factory):
 @pytest.fixture
 def fresh(server):
     """The server with an empty cache and no records."""
-    server.flush_cache()
-    server.forget()
+    server.reset()
     return server
 
 
@@ -141,8 +125,7 @@ def test_flush_cache_and_reuse_of_pages(fresh):
     first = fresh.records()
     fresh.flush_cache()
     fresh.generate(tokens(2000, seed=1))
-    fresh.flush_cache()
-    fresh.forget()
+    fresh.reset()
     after = fresh.generate(prompt, 20)
     again = fresh.records()
     assert cached(after) == 0 and output(after) == output(before)
@@ -157,8 +140,7 @@ def test_abort_in_mid_prefill(fresh):
     prompt = tokens(1400)
     before = fresh.generate(prompt, 20)
     first = fresh.records()
-    fresh.flush_cache()
-    fresh.forget()
+    fresh.reset()
     with ThreadPoolExecutor(1) as thread:
         doomed = thread.submit(fresh.generate, prompt + tokens(6000, 1), 1, "doomed")
         while not fresh.records():
@@ -168,8 +150,7 @@ def test_abort_in_mid_prefill(fresh):
     aborted = fresh.records()
     assert max(covered(aborted)[0]) < 7400, "the prompt was finished, not aborted"
     check_records(aborted, CONFIG, TOPK)
-    fresh.flush_cache()
-    fresh.forget()
+    fresh.reset()
     after = fresh.generate(prompt, 20)
     again = fresh.records()
     assert output(after) == output(before)
@@ -252,15 +233,14 @@ def test_retraction(family, tiny_model, tmp_path):
     with Server(
         tiny_model(family, LAYERS, TOPK),
         tmp_path,
-        *misa_args(),
+        *misa_args(CONFIG),
         *("--chunked-prefill-size", "512", "--schedule-conservativeness", "0.01"),
         max_total_tokens=1024,
     ) as server:
         prompt = tokens(300)
         before = server.generate(prompt, 50)
         first = server.records()
-        server.flush_cache()
-        server.forget()
+        server.reset()
         with ThreadPoolExecutor(2) as threads:
             # Two are let in, 5 pages each, and want 10 pages each of the 16.
             answers = [

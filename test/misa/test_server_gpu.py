@@ -1,13 +1,12 @@
 """MISA in a server on a GPU, with the torch operations."""
 
 import base64
-import random
 
 import pytest
 import torch
 from checks import check_record
 from conftest import needs_gpu
-from server import Server
+from server import Server, misa_args, tokens
 
 from sglang.srt.layers.misa.config import MisaConfig
 
@@ -20,15 +19,6 @@ CONFIGS = {
     "single": MisaConfig(),
     "hierarchical": MisaConfig(rerank_candidates=8192),
 }
-
-
-def tokens(count, seed=0):
-    return random.Random(seed).choices(range(2, 250), k=count)
-
-
-def misa_args(config):
-    rerank = str(config.rerank_candidates)
-    return "--enable-misa", "--misa-rerank-candidates", rerank
 
 
 def some_rows(record, count=96):
@@ -59,8 +49,7 @@ def test_selects_as_defined(family, variant, tiny_model, tmp_path):
             assert len(cold["output_ids"]) == len(hit["output_ids"]) == 70
             assert hit["meta_info"]["cached_tokens"] == (count - 1) // 64 * 64
             check_all(server, config)
-            server.flush_cache()
-            server.forget()
+            server.reset()
             server.generate(tokens(count), 2)
             check_all(server, config)
 
@@ -110,8 +99,7 @@ def test_decode_in_cuda_graphs(family, tiny_model, tmp_path):
             if name == "slots":
                 continue
             # The embeddings are those of a cold prefill, and so are, up to rounding, the first layer's selections.
-            server.flush_cache()
-            server.forget()
+            server.reset()
             server.generate(whole, 1)
             cold = {
                 length: row

@@ -83,6 +83,8 @@ _recorder = (
 
 def active_recorder() -> Optional[Recorder]:
     """The recorder, if this call is to be recorded."""
+    if _recorder is None:
+        return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None
     return _recorder
