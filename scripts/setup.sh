@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-inputs=(scripts/setup.sh pyproject.toml test/requirements.txt test/cpu_engine/pyproject.toml test/cpu_engine/requirements.txt)
+inputs=(scripts/setup.sh pyproject.toml sgl-kernel-misa/pyproject.toml test/requirements.txt test/cpu_engine/pyproject.toml test/cpu_engine/requirements.txt)
 stamp=.venv/.installed-$(cat "${inputs[@]}" | sha256sum | cut -c1-16)
 [ -e "$stamp" ] && exit 0
 
@@ -13,6 +13,8 @@ python3 -m venv --clear .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 if command -v nvidia-smi >/dev/null; then
   pip install -e .
+  # Takes nvcc; TileLang, which it is built with, comes and goes with the isolated build.
+  pip install ./sgl-kernel-misa
 else
   pip install torch==2.13.0
   pip install --no-deps -r test/cpu_engine/requirements.txt

@@ -1,5 +1,8 @@
 """A hook that did not engage is noticed, whichever it is."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -56,6 +59,26 @@ def test_an_unknown_sglang(monkeypatch):
 def test_doctor_says_ready(capsys):
     assert doctor.main() == 0
     assert "MISA is ready." in capsys.readouterr().out
+
+
+def test_doctor_wants_kernels_on_a_gpu_only(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", None)
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        assert doctor.main() == gpu
+        printed = capsys.readouterr().out
+        state = "FAILED" if gpu else "unused"
+        assert f"{state} kernels  sgl-kernel-misa" in printed
+        assert ("MISA is ready." in printed) != gpu
+        assert ("sgl-kernel-misa cannot be imported" in printed) == gpu
+
+
+def test_doctor_finds_kernels_that_run(monkeypatch, capsys):
+    kernels = SimpleNamespace(check_device=lambda: None)
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", kernels)
+    assert doctor.main() == 0
+    assert "ok     kernels  sgl-kernel-misa" in capsys.readouterr().out
 
 
 def test_a_plugin_that_fails_to_load_ends_a_process_that_needs_it(monkeypatch):

@@ -21,7 +21,7 @@ def test_means_are_those_of_complete_pages(kind, chunk, device):
     pooled = PooledKeys([index_k.to(device)])
     for first in range(0, 300, chunk):
         slots = slots_of(page_table, first, min(first + chunk, 300)).to(device)
-        pooled.update(0, index_k.to(device), slots, num_seqs=1)
+        pooled.update(0, index_k.to(device), slots)
     means = pooled.layers[0].cpu()
     expected = reference.page_means(inputs.k, inputs.k_scale)
     assert torch.equal(means[page_table[:4].long()], expected)
@@ -35,12 +35,12 @@ def test_a_page_filled_again_has_a_new_mean(device):
     index_k, page_table = write_cache(old)
     index_k = index_k.to(device)
     pooled = PooledKeys([index_k])
-    pooled.update(0, index_k, slots_of(page_table, 0, 64).to(device), num_seqs=1)
+    pooled.update(0, index_k, slots_of(page_table, 0, 64).to(device))
     page = int(page_table[0])
     store_page(index_k[page], new.k.to(device), new.k_scale.to(device))
     for first, last in ((0, 30), (30, 64)):
         slots = slots_of(page_table, first, last).to(device)
-        pooled.update(0, index_k, slots, num_seqs=1)
+        pooled.update(0, index_k, slots)
     (expected,) = reference.page_means(new.k, new.k_scale)
     assert torch.equal(pooled.layers[0][page].cpu(), expected)
 
@@ -53,7 +53,7 @@ def test_many_sequences_in_one_batch(device):
     tokens = torch.tensor([63, 70, 191, 255, 300, 383])
     slots = page_table[tokens // 64].long() * 64 + tokens % 64
     slots = torch.cat([slots, torch.zeros(2, dtype=torch.long)])
-    pooled.update(0, index_k.to(device), slots.to(device), num_seqs=8)
+    pooled.update(0, index_k.to(device), slots.to(device))
     complete = [0, 2, 3, 5]
     expected = reference.page_means(inputs.k, inputs.k_scale)
     means = pooled.layers[0].cpu()
@@ -66,7 +66,7 @@ def test_an_empty_batch_writes_nothing(device):
     index_k = torch.zeros(3, 64 * 132, dtype=torch.uint8, device=device)
     pooled = PooledKeys([index_k])
     empty = torch.zeros(0, dtype=torch.long, device=device)
-    pooled.update(0, index_k, empty, num_seqs=0)
+    pooled.update(0, index_k, empty)
     assert not pooled.layers[0].any()
 
 
@@ -90,10 +90,10 @@ def test_runs_in_a_captured_cuda_graph():
     index_k = index_k.cuda()
     pooled = PooledKeys([index_k])
     slots = torch.zeros(4, dtype=torch.long, device="cuda")
-    pooled.update(0, index_k, slots, num_seqs=4)
+    pooled.update(0, index_k, slots)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        pooled.update(0, index_k, slots, num_seqs=4)
+        pooled.update(0, index_k, slots)
     slots.copy_(page_table * 64 + torch.tensor([63, 62, 63, 0]))
     graph.replay()
     expected = reference.page_means(inputs.k, inputs.k_scale)[[0, 2]]

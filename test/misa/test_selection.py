@@ -2,12 +2,7 @@ import pytest
 import torch
 
 from sglang.srt.layers.misa import reference
-from sglang.srt.layers.misa.selection import (
-    positions,
-    to_ragged,
-    to_slots,
-    topk_mask,
-)
+from sglang.srt.layers.misa.selection import positions, to_output, topk_mask
 
 SCORES = {
     "random": lambda rows, columns: torch.randn(rows, columns),
@@ -43,10 +38,28 @@ def test_selects_among_any_allowed_subset(device):
 
 
 def test_forms_for_the_attention(device):
-    selected = torch.tensor([[0, 63, 64, 130, -1]], device=device, dtype=torch.int32)
-    page_table = torch.tensor([7, 2, 9], device=device, dtype=torch.int32)
-    slots = to_slots(selected, page_table)
-    assert slots.tolist() == [[7 * 64, 7 * 64 + 63, 2 * 64, 9 * 64 + 2, -1]]
-    offsets = torch.tensor([1000], device=device, dtype=torch.int32)
-    assert to_ragged(selected, offsets).tolist() == [[1000, 1063, 1064, 1130, -1]]
-    assert slots.dtype == to_ragged(selected, offsets).dtype == torch.int32
+    def tensor(values):
+        return torch.tensor(values, device=device, dtype=torch.int32)
+
+    # Two rows of the first sequence, none of the second, one of the third.
+    selected = tensor([[0, 63, 64], [5, 130, -1], [1, 65, -1]])
+    page_table, cu_rows = tensor([[7, 2, 9], [1, 1, 1], [4, 5, 0]]), tensor(
+        [0, 2, 2, 3]
+    )
+    slots = to_output(selected, "slots", page_table, cu_rows)
+    assert slots.tolist() == [
+        [7 * 64, 7 * 64 + 63, 2 * 64],
+        [7 * 64 + 5, 9 * 64 + 2, -1],
+        [4 * 64 + 1, 5 * 64 + 1, -1],
+    ]
+    offsets = tensor([1000, 1000, 2000])
+    ragged = to_output(selected, "ragged", page_table, cu_rows, offsets)
+    assert ragged.tolist() == [
+        [1000, 1063, 1064],
+        [1005, 1130, -1],
+        [2001, 2065, -1],
+    ]
+    assert slots.dtype == ragged.dtype == torch.int32
+    assert to_output(selected, "positions", page_table, cu_rows) is selected
+    with pytest.raises(ValueError, match="'pages' is not positions, slots or ragged"):
+        to_output(selected, "pages", page_table, cu_rows)

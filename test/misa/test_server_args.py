@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from server import server_env
 
+from sglang.srt.layers.misa import operations
 from sglang.srt.layers.misa import server_args as module
 
 pytestmark = pytest.mark.skipif(
@@ -158,6 +160,69 @@ def test_cpu_without_the_engine(parse, monkeypatch):
     monkeypatch.setattr(module, "is_cpu", lambda: False)
     message = refusal(module.check_misa_server_args, args)
     assert "set SGLANG_USE_CPU_ENGINE=1" in message
+
+
+@pytest.fixture
+def on_gpu(parse, monkeypatch):
+    """on_gpu(flags, path) -> the arguments as resolved on a machine with a GPU whose kernels run."""
+    monkeypatch.setattr(module, "kernels_problem", lambda: None)
+
+    def resolve(*given):
+        args = parse(*given)
+        object.__setattr__(args, "device", "cuda")
+        return args
+
+    return resolve
+
+
+def test_kernels_that_run(on_gpu):
+    module.check_misa_server_args(on_gpu())
+    module.check_misa_server_args(on_gpu("--misa-rerank-candidates 16384"))
+
+
+def test_without_the_kernels(on_gpu, monkeypatch):
+    args = on_gpu()
+    monkeypatch.setattr(module, "kernels_problem", operations.kernels_problem)
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", None)
+    message = refusal(module.check_misa_server_args, args)
+    assert "--enable-misa: sgl-kernel-misa cannot be imported" in message
+    assert "pip install --no-build-isolation ./sgl-kernel-misa" in message
+
+
+def test_kernels_that_do_not_run_here(on_gpu, monkeypatch):
+    def check_device():
+        raise RuntimeError("compute capability 8.0, not 9.0.")
+
+    args = on_gpu()
+    monkeypatch.setattr(module, "kernels_problem", operations.kernels_problem)
+    kernels = SimpleNamespace(check_device=check_device)
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", kernels)
+    message = refusal(module.check_misa_server_args, args)
+    assert "--enable-misa: sgl-kernel-misa does not run on this GPU" in message
+    assert "compute capability 8.0, not 9.0" in message
+    assert "drop --enable-misa" in message
+
+
+def test_a_cpu_needs_no_kernels(parse, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", None)
+    parse("--misa-rerank-candidates 1000")
+
+
+@pytest.mark.parametrize("candidates", [1000, 16448])
+def test_candidates_that_the_kernels_do_not_take(on_gpu, candidates):
+    args = on_gpu(f"--misa-rerank-candidates {candidates}")
+    message = refusal(module.check_misa_server_args, args)
+    assert f"--misa-rerank-candidates {candidates}" in message
+    assert "multiple of 64 up to 16384" in message and "use 0" in message
+
+
+def test_models_that_the_kernels_do_not_take(on_gpu, tiny_model, tmp_path):
+    path = model_with(tiny_model, tmp_path / "topk", index_topk=100)
+    message = refusal(module.check_misa_server_args, on_gpu("", path))
+    assert "index_topk=100" in message and "drop --enable-misa" in message
+    path = model_with(tiny_model, tmp_path / "heads", index_n_heads=16)
+    message = refusal(module.check_misa_server_args, on_gpu("", path))
+    assert "32 or 64 heads" in message and "drop --enable-misa" in message
 
 
 def test_every_refusal_is_tested():

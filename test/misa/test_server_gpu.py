@@ -1,4 +1,4 @@
-"""MISA in a server on a GPU, with the torch operations."""
+"""MISA in a server on a GPU, with the kernels: selections are those defined, up to ties."""
 
 import base64
 
@@ -59,7 +59,7 @@ def check_all(server, config):
     assert paths, "the indexer recorded nothing"
     for path in paths:
         record = torch.load(path, map_location="cuda")
-        check_record(some_rows(record), config, TOPK)
+        check_record(some_rows(record), config, TOPK, exact=False)
 
 
 def selected_positions(answer):

@@ -1,6 +1,6 @@
 """Recording what the indexer was given and what it chose, for tests and for measuring recall.
 
-With SGLANG_MISA_CAPTURE_DIR set, every call of the indexer, MISA's or SGLang's own, leaves one file per chunk of rows.
+With SGLANG_MISA_CAPTURE_DIR set, every call of the indexer, MISA's or SGLang's own, leaves one file a sequence.
 Calls under a CUDA graph leave nothing, those of a prefill graph included: add --disable-cuda-graph to record on a GPU.
 """
 
@@ -42,8 +42,8 @@ class Recorder:
     ) -> None:
         """Save the rows of one sequence with the keys that they see.
 
-        Args are those of `MisaIndexer.select_sequence`; the record holds the keys, scales and page means in the order
-        of the sequence, up to the longest row, instead of the caches.
+        Args are those of `MisaIndexer.select`, with the rows and the page table of the sequence; the record holds the
+        keys, scales and page means in the order of the sequence, up to the longest row, instead of the caches.
         """
         tokens = int(lengths.max())
         pages = page_table[: -(-tokens // PAGE_SIZE)].long()

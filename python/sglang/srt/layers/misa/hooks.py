@@ -6,21 +6,21 @@ Every hook leaves SGLang as it is when MISA is off.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Iterable, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 import torch
 
-from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV, active_recorder
-from sglang.srt.layers.misa.config import MisaConfig
-from sglang.srt.layers.misa.indexer import (
-    MisaIndexer,
-    Sequence,
-    is_fused,
-    paged_sequences,
-    ragged_sequences,
-    to_attention_indices,
+from sglang.srt.layers.misa.batch import (
+    Batch,
+    attention_output,
+    decode_batch,
+    extend_batch,
 )
+from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV, Recorder, active_recorder
+from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
 from sglang.srt.layers.misa.pooled_keys import BYTES_PER_TOKEN, PooledKeys
+from sglang.srt.layers.misa.selection import to_output
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.runtime_context import get_server_args
 
@@ -52,7 +52,7 @@ def select_ragged(
     """Around `Indexer._get_topk_ragged` (extend)."""
     call = _Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
     if (config := _config()) is not None:
-        return call.select(config, ragged_sequences(metadata), topk_result)
+        return call.select(config, extend_batch(metadata), topk_result)
     result = original(
         indexer,
         enable_dual_stream,
@@ -63,7 +63,7 @@ def select_ragged(
         metadata,
         topk_result,
     )
-    call.record_dsa(ragged_sequences(metadata), result)
+    call.record_dsa(extend_batch, result)
     return result
 
 
@@ -73,9 +73,9 @@ def select_paged(
     """Around `Indexer._get_topk_paged` (decode)."""
     call = _Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
     if (config := _config()) is not None:
-        return call.select(config, paged_sequences(metadata))
+        return call.select(config, decode_batch(metadata))
     result = original(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-    call.record_dsa(paged_sequences(metadata), result)
+    call.record_dsa(decode_batch, result)
     return result
 
 
@@ -90,48 +90,59 @@ class _Call:
     weights: torch.Tensor
     metadata: DSAIndexerMetadata
 
+    @property
+    def recorder(self) -> Optional[Recorder]:
+        # The warm-up of a CUDA graph belongs to no request.
+        return None if self.forward_batch.rids is None else active_recorder()
+
     def select(
-        self,
-        config: MisaConfig,
-        sequences: Iterable[Sequence],
-        out: Optional[torch.Tensor] = None,
+        self, config: MisaConfig, batch: Batch, out: Optional[torch.Tensor] = None
     ) -> torch.Tensor:
-        """Select for every sequence, into `out` where there is one: int32 [rows of q or more, topk]."""
-        topk = self.indexer.index_topk
-        if out is None:
-            # Padding rows keep -1: the sparse attention reads nothing for them.
-            out = self.q.new_full((len(self.q), topk), -1, dtype=torch.int32)
+        """Select for every row, into `out` where there is one: int32 [rows of q or more, topk]."""
+        topk, rows = self.indexer.index_topk, len(batch.lengths)
+        if rows == 0:
+            return self._padded(self.q.new_empty(0, topk, dtype=torch.int32), out)
         forced = {
             "init_tokens": self.indexer.num_init_tokens,
             "local_tokens": self.indexer.num_local_tokens,
         }
-        misa = MisaIndexer(config, topk, forced)
         pool = get_token_to_kv_pool()
-        index_k = pool.get_index_k_with_scale_buffer(self.layer_id)
         pooled_keys = pool.misa_pooled_keys.layers[self.layer_id - pool.start_layer]
-        lengths = self.metadata.get_seqlens_expanded()
-        for sequence in sequences:
-            for rows, selection in misa.select_sequence(
-                self.q,
-                self.weights.squeeze(-1),
-                index_k,
-                pooled_keys,
-                lengths,
-                sequence,
-            ):
-                out[rows] = to_attention_indices(
-                    selection.positions, rows, sequence, self.metadata
-                )
-                self._record(
-                    sequence,
-                    rows,
-                    selection.positions,
-                    heads=selection.heads,
-                    pooled_keys=pooled_keys,
-                )
+        output, offsets = attention_output(self.metadata)
+        offsets = None if offsets is None else offsets[:rows]
+        recorder = self.recorder
+        selection = MisaIndexer(config, topk, forced).select(
+            # Rows behind those of the batch are padding.
+            self.q[:rows],
+            self.weights[:rows].squeeze(-1),
+            pool.get_index_k_with_scale_buffer(self.layer_id),
+            pooled_keys,
+            batch,
+            # A record holds positions.
+            *((output, offsets) if recorder is None else ("positions",)),
+        )
+        indices = selection.indices
+        if recorder is not None:
+            self._record(recorder, batch, selection, pooled_keys)
+            indices = to_output(
+                indices, output, batch.page_table, batch.cu_rows, offsets
+            )
+        return self._padded(indices, out)
+
+    def _padded(
+        self, indices: torch.Tensor, out: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """The indices with as many rows as q, or in `out`; padding rows keep -1: the sparse attention reads nothing."""
+        if out is None:
+            if len(indices) == len(self.q):
+                return indices
+            out = indices.new_full((len(self.q), indices.shape[1]), -1)
+        out[: len(indices)] = indices
         return out
 
-    def record_dsa(self, sequences: Iterable[Sequence], result: torch.Tensor) -> None:
+    def record_dsa(
+        self, batch: Callable[[DSAIndexerMetadata], Batch], result: torch.Tensor
+    ) -> None:
         """Record what SGLang's own indexer chose.
 
         Raises:
@@ -139,31 +150,47 @@ class _Call:
         """
         if active_recorder() is None:
             return
-        if is_fused(self.metadata):
+        if attention_output(self.metadata)[0] != "positions":
             raise RuntimeError(
                 f"{CAPTURE_DIR_ENV} records positions; set SGLANG_DSA_FUSE_TOPK=false."
             )
-        for sequence in sequences:
-            self._record(sequence, sequence.rows, result[sequence.rows])
+        if self.recorder is not None:
+            self._record(self.recorder, batch(self.metadata), Selection(result))
 
-    def _record(self, sequence, rows, positions, heads=None, pooled_keys=None) -> None:
-        recorder, rids = active_recorder(), self.forward_batch.rids
-        # The warm-up of a CUDA graph belongs to no request.
-        if recorder is None or rids is None:
-            return
-        pool = get_token_to_kv_pool()
-        recorder.record(
-            layer_id=self.layer_id,
-            rid=rids[sequence.index],
-            q=self.q[rows],
-            weights=self.weights.squeeze(-1)[rows],
-            lengths=self.metadata.get_seqlens_expanded()[rows],
-            index_k=pool.get_index_k_with_scale_buffer(self.layer_id),
-            page_table=sequence.page_table,
-            pooled_keys=pooled_keys,
-            heads=heads,
-            positions=positions,
-        )
+    def _record(
+        self,
+        recorder: Recorder,
+        batch: Batch,
+        selection: Selection,
+        pooled_keys: Optional[torch.Tensor] = None,
+    ) -> None:
+        """Record every sequence's rows, those that all heads scored by themselves."""
+        for index, rows in batch.sequences():
+            parts = [(rows, selection.heads)]
+            if selection.dense is not None:
+                # The first rows of a sequence are those that see the fewest tokens.
+                cut = rows.start + int(selection.dense[rows].sum())
+                parts = [
+                    (slice(rows.start, cut), None),
+                    (slice(cut, rows.stop), selection.heads),
+                ]
+            for part, heads in parts:
+                if part.start == part.stop:
+                    continue
+                recorder.record(
+                    layer_id=self.layer_id,
+                    rid=self.forward_batch.rids[index],
+                    q=self.q[part],
+                    weights=self.weights[part].squeeze(-1),
+                    lengths=batch.lengths[part],
+                    index_k=get_token_to_kv_pool().get_index_k_with_scale_buffer(
+                        self.layer_id
+                    ),
+                    page_table=batch.page_table[index],
+                    pooled_keys=pooled_keys,
+                    heads=None if heads is None else heads[part],
+                    positions=selection.indices[part],
+                )
 
 
 # Pooled keys
@@ -226,5 +253,4 @@ def _update_pooled_keys(
         layer_id - pool.start_layer,
         pool.get_index_k_with_scale_buffer(layer_id),
         forward_batch.out_cache_loc if slots is None else slots,
-        forward_batch.batch_size,
     )

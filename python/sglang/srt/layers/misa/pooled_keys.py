@@ -9,8 +9,8 @@ from typing import List
 
 import torch
 
-from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE, read_pages
-from sglang.srt.layers.misa.reference import page_means
+from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE
+from sglang.srt.layers.misa.operations import operations
 
 BYTES_PER_TOKEN = HEAD_DIM * torch.bfloat16.itemsize // PAGE_SIZE
 
@@ -34,25 +34,16 @@ class PooledKeys:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
-    def update(
-        self, layer: int, index_k: torch.Tensor, slots: torch.Tensor, num_seqs: int
-    ) -> None:
+    def update(self, layer: int, index_k: torch.Tensor, slots: torch.Tensor) -> None:
         """Write the means of the pages that the tokens just stored have completed.
 
-        Static shapes and no host sync: a captured CUDA graph may hold it.
+        On a GPU: static shapes and no host sync, a captured CUDA graph may hold it.
 
         Args:
             layer: index into `layers`.
             index_k: uint8 [num_pages, 64 * 132], the layer's index-K cache, the new tokens included.
-            slots: int [N], the cache slot of every new token; slot 0 stands for padding.
-            num_seqs: sequences that the tokens belong to; N tokens of B sequences complete at most N // 64 + B pages.
+            slots: int32 or int64 [N], the cache slot of every new token; page 0 stands for padding.
         """
-        if slots.numel() == 0:
-            return
-        completes = slots % PAGE_SIZE == PAGE_SIZE - 1
-        limit = min(slots.numel(), slots.numel() // PAGE_SIZE + num_seqs)
-        # Compact the completed pages to the front; whatever is left over points at page 0, which holds padding only.
-        target = torch.where(completes, completes.cumsum(0) - 1, limit)
-        pages = slots.new_zeros(limit + 1).scatter(0, target, slots // PAGE_SIZE)
-        pages = pages[:limit]
-        self.layers[layer][pages.long()] = page_means(*read_pages(index_k, pages))
+        if slots.numel():
+            ops = operations(index_k.device)
+            ops.update_pooled_keys(index_k, slots, self.layers[layer])

@@ -89,22 +89,29 @@ def block_means(means: torch.Tensor, block_size: int) -> torch.Tensor:
     return torch.stack([block.mean(0) for block in blocks]).float().bfloat16()
 
 
+def head_estimates(q, weights, means, lengths, block_size: int) -> torch.Tensor:
+    """What each head is expected to contribute to each query -> float32 [T, H].
+
+    E[t,j] = mean over blocks b of | weights[t,j] * relu(q[t,j] . kbar[b]) |, where the blocks are those of the
+    complete pages that lie in t's prefix.
+    """
+    estimates = torch.zeros_like(weights)
+    for t, length in enumerate(lengths.tolist()):
+        if length >= PAGE_SIZE:
+            pooled = block_means(means[: length // PAGE_SIZE], block_size)
+            estimate = (weights[t, :, None] * dot(q[t], pooled).relu()).abs()
+            estimates[t] = estimate.double().mean(1).float()
+    return estimates
+
+
 def route(q, weights, means, lengths, active_heads: int, block_size: int):
     """The `active_heads` heads that contribute most to each query, in ascending order -> int64 [T, active_heads].
 
-    E[t,j] = mean over blocks b of | weights[t,j] * relu(q[t,j] . kbar[b]) |, where the blocks are those of the
-    complete pages that lie in t's prefix. Equal estimates are broken in favour of the lower head.
+    Equal estimates are broken in favour of the lower head.
     """
-    heads = []
-    for row, gate, length in zip(q, weights, lengths.tolist()):
-        estimate = torch.zeros_like(gate)
-        if length >= PAGE_SIZE:
-            pooled = block_means(means[: length // PAGE_SIZE], block_size)
-            estimate = (gate[:, None] * dot(row, pooled).relu()).abs()
-            estimate = estimate.double().mean(1).float()
-        best = estimate.sort(descending=True, stable=True).indices[:active_heads]
-        heads.append(best.sort().values)
-    return torch.stack(heads)
+    estimates = head_estimates(q, weights, means, lengths, block_size)
+    best = estimates.sort(dim=1, descending=True, stable=True).indices
+    return best[:, :active_heads].sort(dim=1).values
 
 
 def misa(

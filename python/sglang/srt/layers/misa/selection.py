@@ -1,8 +1,10 @@
 """Exact top-k selection, and the forms in which SGLang's sparse attention takes it.
 
 Ties are broken in favour of the lower position, positions come out in ascending order, the result is a function of the
-scores alone. Static shapes and no host sync.
+scores alone.
 """
+
+from typing import Optional
 
 import torch
 
@@ -39,13 +41,37 @@ def positions(mask: torch.Tensor, k: int) -> torch.Tensor:
     return out.scatter_(1, rank, column.expand(rows, -1))[:, :k]
 
 
-def to_slots(selected: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
-    """Positions of one sequence as slots of the KV cache: int32 [T, k] (-1 stays), page numbers [P] -> int32 [T, k]."""
-    page = page_table[(selected // PAGE_SIZE).clamp(min=0).long()]
-    slots = page.int() * PAGE_SIZE + selected % PAGE_SIZE
-    return slots.masked_fill(selected < 0, -1)
+def to_output(
+    selected: torch.Tensor,
+    output: str,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    offsets: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Positions in the form that the sparse attention takes.
 
+    Args:
+        selected: int32 [T, k], -1 stays.
+        output: "positions"; "slots" of the cache; "ragged", offsets into the batch's concatenated keys.
+        page_table: int32 [B, P].
+        cu_rows: int32 [B + 1], the rows of sequence b are cu_rows[b] .. cu_rows[b + 1].
+        offsets: int32 [T], where each row's keys start, for "ragged".
 
-def to_ragged(selected: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Positions as offsets into the batch's concatenated keys: int32 [T, k] (-1 stays), int32 [T] -> int32 [T, k]."""
-    return (selected + offsets[:, None]).masked_fill(selected < 0, -1)
+    Returns:
+        int32 [T, k].
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if output == "positions":
+        return selected
+    if output == "slots":
+        rows = torch.arange(len(selected), device=selected.device)
+        sequence = torch.bucketize(rows, cu_rows[1:], right=True)
+        page = page_table[sequence[:, None], (selected // PAGE_SIZE).clamp(min=0)]
+        indices = page * PAGE_SIZE + selected % PAGE_SIZE
+    elif output == "ragged":
+        indices = selected + offsets[:, None]
+    else:
+        raise ValueError(f"output {output!r} is not positions, slots or ragged")
+    return indices.masked_fill(selected < 0, -1)

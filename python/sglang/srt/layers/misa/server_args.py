@@ -9,6 +9,12 @@ from sglang.srt.arg_groups.arg_utils import NS, A
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import plugin
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.layers.misa.operations import (
+    KERNEL_HEADS,
+    KERNEL_MAX_TOPK,
+    KERNEL_TOPK_MULTIPLE,
+    kernels_problem,
+)
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import is_cpu, is_hip
@@ -40,7 +46,7 @@ class MisaServerArgs(ServerArgs):
     ] = 1024
     misa_rerank_candidates: A[
         int,
-        "Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk.",
+        "Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk, and on a GPU a multiple of 64 up to 16384.",
         NS("exec.kernel"),
     ] = 0
     misa_min_context: A[
@@ -152,6 +158,8 @@ def check_misa_server_args(args: MisaServerArgs) -> None:
         if refusal.applies(args):
             raise ValueError(refusal.message)
     _check_values(args, hf_config.index_n_heads, hf_config.index_topk)
+    if args.device == "cuda":
+        _check_kernels(args, hf_config.index_n_heads, hf_config.index_topk)
 
 
 def _check_values(args: MisaServerArgs, num_heads: int, topk: int) -> None:
@@ -177,4 +185,24 @@ def _check_values(args: MisaServerArgs, num_heads: int, topk: int) -> None:
     if args.misa_min_context < 0:
         raise ValueError(
             f"--misa-min-context {args.misa_min_context} is negative; use 0 to route every prompt token."
+        )
+
+
+def _check_kernels(args: MisaServerArgs, num_heads: int, topk: int) -> None:
+    if problem := kernels_problem():
+        raise ValueError(f"--enable-misa: {problem}.")
+    if num_heads not in KERNEL_HEADS:
+        raise ValueError(
+            f"--enable-misa has kernels for indexers of {' or '.join(map(str, KERNEL_HEADS))} heads, not for the "
+            f"{num_heads} of {args.model_path}; drop --enable-misa."
+        )
+    limit = f"a multiple of {KERNEL_TOPK_MULTIPLE} up to {KERNEL_MAX_TOPK}, which the kernels need"
+    if topk % KERNEL_TOPK_MULTIPLE or topk > KERNEL_MAX_TOPK:
+        raise ValueError(
+            f"--enable-misa: index_topk={topk} of {args.model_path} is not {limit}; drop --enable-misa."
+        )
+    candidates = args.misa_rerank_candidates
+    if candidates % KERNEL_TOPK_MULTIPLE or candidates > KERNEL_MAX_TOPK:
+        raise ValueError(
+            f"--misa-rerank-candidates {candidates} is not {limit}; use 0 for a single stage or such a multiple."
         )

@@ -1,0 +1,87 @@
+"""Records for programs, tables for people."""
+
+import importlib
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+DISTRIBUTIONS = {
+    "sglang": "sglang",
+    "deep_gemm": "sgl-deep-gemm",
+    "sgl_kernel": "sglang-kernel",
+    "sgl_kernel_misa": "sgl-kernel-misa",
+}
+
+
+def versions() -> dict:
+    """Versions of all that took part, None where it cannot be told."""
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    for name, distribution in DISTRIBUTIONS.items():
+        try:
+            found[name] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            found[name] = version_of_module(name)
+    return found
+
+
+def version_of_module(name: str) -> str | None:
+    try:
+        return getattr(importlib.import_module(name), "__version__", None)
+    except ImportError:
+        return None
+
+
+def default_output(device: str) -> Path:
+    """results/indexer_<gpu>.json, <gpu> being h100 of "NVIDIA H100 80GB HBM3"."""
+    known = re.search(r"\b([A-Z]+\d+)\b", device)
+    gpu = known.group(1) if known else re.sub(r"\W+", "-", device)
+    return RESULTS / f"indexer_{gpu.lower()}.json"
+
+
+def write(records: list, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def time(milliseconds: float) -> str:
+    if milliseconds < 1:
+        return f"{milliseconds * 1e3:.1f} us"
+    return f"{milliseconds:.3f} ms"
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+HEADER = f"  {'variant':18} {'total':>10}  {'[p10 - p90]':<23} {'speed-up':>8} {'workspace':>10}  {'exact':5}  stages"
+
+
+def line(record: dict) -> str:
+    """One row of the table."""
+    if "error" in record:
+        return f"  {record['variant']:18} ERROR {record['error'].splitlines()[0][:120]}"
+    ms, spread = record["ms"], record["spread_ms"]["total"]
+    between = f"[{time(spread[0])} - {time(spread[1])}]"
+    speedup = f"{record['speedup']:.2f}x" if record["speedup"] else "-"
+    stages = ", ".join(f"{k} {time(v)}" for k, v in ms.items() if k != "total")
+    extras = "".join(f", ({k} {time(v)})" for k, v in record["uncounted_ms"].items())
+    exact = "yes" if record["exact"] else "NO"
+    return (
+        f"  {record['variant']:18} {time(ms['total']):>10}  {between:<23} {speedup:>8} "
+        f"{size(record['workspace_bytes']):>10}  {exact:5}  {stages}{extras}"
+    )
+
+
+def why_not_exact(record: dict) -> str:
+    return "    not exact: " + ", ".join(
+        f"{k} {v}" for k, v in record["checks"].items()
+    )

@@ -1,0 +1,116 @@
+"""Times, memory and profiles. All times in milliseconds."""
+
+from dataclasses import dataclass
+
+import torch
+
+# Keeps the device busy for about a millisecond, so that the host is ahead when a round of eager calls begins.
+HEAD_START_CYCLES = 2_000_000
+
+
+@dataclass
+class Spread:
+    """Median and 10th and 90th percentile of one call."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+def spread(times: list) -> Spread:
+    points = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    times = torch.tensor(times, dtype=torch.float64)
+    return Spread(*torch.quantile(times, points).tolist())
+
+
+class Graph:
+    """One CUDA graph that runs `call` over all layers, one after another; `output` is what it wrote for the last."""
+
+    def __init__(self, call, layers: int):
+        self.layers = layers
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for i in range(layers):
+                call(i)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for i in range(layers):
+                self.output = call(i)
+
+    def __call__(self, _: int) -> None:
+        self.graph.replay()
+
+
+class Eager:
+    """`call` on one layer after another, one a call."""
+
+    def __init__(self, call, layers: int):
+        self.call, self.count, self.layers = call, layers, 1
+        for i in range(layers):
+            call(i)
+
+    def __call__(self, i: int) -> None:
+        self.call(i % self.count)
+
+
+def measure(runs: dict, iterations: int) -> dict:
+    """Time every run (`Graph` or `Eager`) once a round, so that all see the same clocks -> {key: Spread}.
+
+    The eager ones of a round take different layers, so that none finds its keys in L2.
+    """
+    for run in runs.values():
+        for i in range(3):
+            run(i)
+    events = {key: [] for key in runs}
+    for round in range(iterations):
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        for n, (key, run) in enumerate(runs.items()):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(round + n)
+            end.record()
+            events[key].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        key: spread([a.elapsed_time(b) / runs[key].layers for a, b in pairs])
+        for key, pairs in events.items()
+    }
+
+
+def workspace_bytes(call) -> int:
+    """Peak of the memory that one call takes from torch's allocator, without its result."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    output = call(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - output.nbytes
+
+
+def copy_gbps(size: int = 2**31, copies: int = 10) -> float:
+    """Bytes read and written a second by copies of `size` bytes on the device, in GB/s."""
+    source = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = Eager(lambda i: target.copy_(source), 1)
+    milliseconds = measure({"copy": copy}, copies)["copy"].median
+    return 2 * size / milliseconds / 1e6
+
+
+def profile(call) -> list:
+    """Kernels of one call -> [(name, launches, microseconds)], longest first."""
+    call(0)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call(0)
+        torch.cuda.synchronize()
+    kernels = [
+        (event.key, event.count, event.self_device_time_total)
+        for event in profiler.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel[2])

@@ -1,0 +1,100 @@
+"""Draws the speed-up over production from what bench_indexer.py wrote, into a PNG beside it.
+
+Left: prefill, over the context length. Right: decode and verify, one group of bars a case.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLORS = {
+    "misa": "tab:blue",
+    "misa-hierarchical": "tab:orange",
+    "dsa-misa-select": "tab:green",
+}
+
+
+def draw_prefill(axes, records: list) -> None:
+    """Lines over the context: cases of one sequence and the most usual number of rows."""
+    counts = [r["rows"] for r in records]
+    usual = max(set(counts), key=counts.count, default=0)
+    records = [r for r in records if r["rows"] == usual]
+    for heads, style in ((64, "o-"), (32, "s--")):
+        for variant, color in COLORS.items():
+            mine = [
+                r for r in records if r["heads"] == heads and r["variant"] == variant
+            ]
+            mine.sort(key=lambda r: r["context"])
+            if mine:
+                axes.plot(
+                    [r["context"] // 1024 for r in mine],
+                    [r["speedup"] for r in mine],
+                    style,
+                    color=color,
+                    label=f"{variant}, {heads} heads",
+                )
+    ticks = sorted({r["context"] // 1024 for r in records})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick}K" for tick in ticks])
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("speed-up over SGLang's indexer")
+    axes.set_title(f"prefill, {usual} rows at the end of the context")
+
+
+def draw_decode(axes, records: list) -> None:
+    """Bars: one group a case, by context, batch and rows a sequence."""
+    cases = list(dict.fromkeys(r["case"] for r in records))
+    width = 0.8 / len(COLORS)
+    for n, (variant, color) in enumerate(COLORS.items()):
+        mine = [r for r in records if r["variant"] == variant]
+        axes.bar(
+            [
+                cases.index(r["case"]) + (n - (len(COLORS) - 1) / 2) * width
+                for r in mine
+            ],
+            [r["speedup"] for r in mine],
+            width,
+            color=color,
+            label=variant,
+        )
+    axes.set_xticks(range(len(cases)), cases, rotation=40, ha="right", fontsize=8)
+    axes.set_title("decode and speculative verify")
+
+
+def draw(records: list, output: Path) -> None:
+    device = next((r["device"] for r in records), "")
+    records = [r for r in records if r.get("speedup") and r["variant"] in COLORS]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(14, 5.5), width_ratios=(1, 1.4), sharey=True
+    )
+    draw_prefill(
+        left, [r for r in records if r["mode"] == "prefill" and r["batch"] == 1]
+    )
+    draw_decode(right, [r for r in records if r["mode"] == "decode"])
+    for axes in (left, right):
+        axes.axhline(1, color="black", linewidth=1)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(fontsize=8)
+    left.set_ylim(bottom=0)
+    figure.suptitle(f"Indexer on {device}")
+    figure.tight_layout()
+    figure.savefig(output, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", type=Path, help="benchmark/results/indexer_<gpu>.json")
+    parser.add_argument("--output", type=Path, help="default: the same name, .png")
+    args = parser.parse_args()
+    output = args.output or args.json.with_suffix(".png")
+    draw(json.loads(args.json.read_text()), output)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The operations in torch, on the paged cache, for whole batches: the functions of sgl-kernel-misa, for a CPU.
+
+Written to be exact: their results are those of `reference`, bit for bit. They read lengths on the host. They are as
+strict about dtypes and shapes as the kernels, so that what a kernel would refuse on a GPU fails on a CPU too.
+
+Tensors used throughout:
+
+    q            [T, H, 128]       float8_e4m3fn   rows of all sequences, one sequence after the other
+    weights      [T, H]            float32         head gates, with q's scale folded in
+    index_k      [pages, 64*132]   uint8           SGLang's index-K cache
+    pooled_keys  [pages, 128]      bfloat16        mean dequantized key of each complete page
+    page_table   [B, P]            int32           pages of each sequence
+    cu_rows      [B + 1]           int32           the rows of sequence b are cu_rows[b] .. cu_rows[b + 1]
+    lengths      [T]               int32           tokens visible to each row
+    heads        [T, h]            int32           heads that score a row's tokens, ascending; None for all
+
+Selections are int32 [T, topk], ascending, -1 padded, in the form `output`: "positions" in the sequence, "slots" of the
+cache, or "ragged", positions plus the row's entry of `offsets` (int32 [T]). Equal scores are broken in favour of the
+lower position. All raise ValueError for a tensor of another dtype, shape or layout.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Iterator, Optional, Tuple
+
+import torch
+
+from sglang.srt.layers.misa import router
+from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE, read_pages
+from sglang.srt.layers.misa.reference import (
+    force,
+    members,
+    page_means,
+    token_scores,
+    visible,
+)
+from sglang.srt.layers.misa.selection import positions, to_output, topk_mask
+
+# Rows are taken in chunks whose temporaries fit in this much memory.
+WORKSPACE_BYTES = 256 << 20
+_BYTES_PER_SCORE = 48  # float64 and float32 scores, masks, int64 ranks
+
+
+def update_pooled_keys(
+    index_k: torch.Tensor, slots: torch.Tensor, pooled_keys: torch.Tensor
+) -> None:
+    """Write the means of the pages whose last token is among `slots` (int [N]), the slots of the tokens just stored."""
+    pages = slots[slots % PAGE_SIZE == PAGE_SIZE - 1] // PAGE_SIZE
+    pooled_keys[pages.long()] = page_means(*read_pages(index_k, pages))
+
+
+def route(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    pooled_keys: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    active_heads: int,
+    block_size: int,
+) -> torch.Tensor:
+    """The heads with the largest estimated contribution to each row -> int32 [T, active_heads], ascending."""
+    _check(q, weights, page_table, cu_rows, lengths)
+    heads = q.new_zeros(len(q), active_heads, dtype=torch.int32)
+    for sequence, rows, tokens in _chunks(q.shape[1], cu_rows, lengths):
+        pages = page_table[sequence, : max(1, -(-tokens // PAGE_SIZE))]
+        means = pooled_keys[pages.long()]
+        heads[rows] = router.route(
+            q[rows], weights[rows], means, lengths[rows], active_heads, block_size
+        ).int()
+    return heads
+
+
+def topk_prefill(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    heads: Optional[torch.Tensor],
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    topk: int,
+    *,
+    max_context: Optional[int] = None,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """The `topk` visible positions of highest routed score; `max_context` bounds the lengths."""
+    if max_context is not None and lengths.numel() and lengths.max() > max_context:
+        raise ValueError(f"a row sees more than max_context={max_context} tokens")
+    routed_q, routed_weights = q, weights
+    if heads is not None:
+        index = heads.long()
+        routed_q = q.float().gather(1, index[:, :, None].expand(-1, -1, q.shape[2]))
+        routed_weights = weights.gather(1, index)
+    return _select(
+        routed_q,
+        routed_weights,
+        lambda rows, tokens: visible(lengths[rows], tokens),
+        index_k,
+        page_table,
+        cu_rows,
+        lengths,
+        topk,
+        {"init_tokens": init_tokens, "local_tokens": local_tokens},
+        output,
+        offsets,
+    )
+
+
+def topk_decode(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    heads: Optional[torch.Tensor],
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    rows_per_seq: int,
+    lengths: torch.Tensor,
+    topk: int,
+    *,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """The same where every sequence has `rows_per_seq` rows and the host need not know the lengths."""
+    sequences = len(page_table)
+    if len(q) != sequences * rows_per_seq:
+        raise ValueError(f"{len(q)} rows are not {rows_per_seq} rows a sequence")
+    cu_rows = torch.arange(sequences + 1, dtype=torch.int32, device=q.device)
+    return topk_prefill(
+        q,
+        weights,
+        heads,
+        index_k,
+        page_table,
+        cu_rows * rows_per_seq,
+        lengths,
+        topk,
+        init_tokens=init_tokens,
+        local_tokens=local_tokens,
+        output=output,
+        offsets=offsets,
+    )
+
+
+def rerank(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    candidates: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    topk: int,
+    *,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """The `topk` best by the scores of all heads among each row's `candidates`, int32 [T, m] positions, -1 padded."""
+    return _select(
+        q,
+        weights,
+        lambda rows, tokens: members(candidates[rows].long(), tokens),
+        index_k,
+        page_table,
+        cu_rows,
+        lengths,
+        topk,
+        {"init_tokens": init_tokens, "local_tokens": local_tokens},
+        output,
+        offsets,
+    )
+
+
+def _select(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    allowed: Callable[[slice, int], torch.Tensor],
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    topk: int,
+    forced: dict,
+    output: str,
+    offsets: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """Score with all heads of q and select among the positions `allowed(rows, tokens)`, bool [rows, tokens]."""
+    _check(q, weights, page_table, cu_rows, lengths)
+    selected = q.new_full((len(q), topk), -1, dtype=torch.int32)
+    for sequence, rows, tokens in _chunks(q.shape[1], cu_rows, lengths):
+        keys, scales = read_pages(
+            index_k, page_table[sequence, : -(-tokens // PAGE_SIZE)]
+        )
+        scores = token_scores(q[rows], weights[rows], keys[:tokens], scales[:tokens])
+        scores = force(scores, lengths[rows], **forced)
+        mask = topk_mask(scores, allowed(rows, tokens), topk)
+        selected[rows] = positions(mask, topk)
+    return to_output(selected, output, page_table, cu_rows, offsets)
+
+
+def _chunks(
+    num_heads: int, cu_rows: torch.Tensor, lengths: torch.Tensor
+) -> Iterator[Tuple[int, slice, int]]:
+    """The rows as (sequence, rows, tokens that the longest of them sees), a chunk of one sequence at a time."""
+    bounds = cu_rows.tolist()
+    for sequence, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+        if start == stop:
+            continue
+        longest = int(lengths[start:stop].max())
+        row_bytes = longest * _BYTES_PER_SCORE
+        # The router holds three values a page and head at most.
+        row_bytes += num_heads * (HEAD_DIM + 3 * (longest // PAGE_SIZE)) * 8
+        step = max(1, WORKSPACE_BYTES // row_bytes)
+        for first in range(start, stop, step):
+            rows = slice(first, min(first + step, stop))
+            yield sequence, rows, int(lengths[rows].max())
+
+
+def _check(q, weights, page_table, cu_rows, lengths) -> None:
+    rows, num_heads, _ = q.shape
+    for name, tensor, dtype, shape in (
+        ("weights", weights, torch.float32, (rows, num_heads)),
+        ("page_table", page_table, torch.int32, (len(cu_rows) - 1, None)),
+        ("cu_rows", cu_rows, torch.int32, (None,)),
+        ("lengths", lengths, torch.int32, (rows,)),
+    ):
+        fits = len(shape) == tensor.ndim and all(
+            size in (None, actual) for size, actual in zip(shape, tensor.shape)
+        )
+        if tensor.dtype != dtype or not fits:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}"
+            )
+    for name, tensor in (
+        ("q", q),
+        ("weights", weights),
+        ("cu_rows", cu_rows),
+        ("lengths", lengths),
+        # Rows of the page table may lie apart.
+        ("page_table", page_table[:1]),
+    ):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")

@@ -1,0 +1,140 @@
+// Radix selection by one thread block.
+#pragma once
+
+#include "layout.cuh"
+
+namespace misa {
+
+constexpr int kBins = 2048;
+
+// A float's bits in an order in which unsigned integers compare as the floats do; both zeros alike.
+__device__ __forceinline__ unsigned ordered(float value) {
+  const unsigned bits = __float_as_uint(value + 0.f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float from_ordered(unsigned key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+__device__ __forceinline__ int warp_inclusive_scan(int value) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, value, offset);
+    if ((threadIdx.x & 31) >= offset) value += other;
+  }
+  return value;
+}
+
+// Sum over the threads before this one, and the sum over all. scratch holds 32 ints; every thread must call this.
+template <int THREADS>
+__device__ __forceinline__ int block_exclusive_scan(int value, int* scratch, int& total) {
+  const int warp = threadIdx.x / 32;
+  const int inclusive = warp_inclusive_scan(value);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 31) scratch[warp] = inclusive;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int i = 0; i < THREADS / 32; ++i) {
+    if (i < warp) before += scratch[i];
+    total += scratch[i];
+  }
+  return before + inclusive - value;
+}
+
+template <int THREADS>
+__device__ __forceinline__ void clear_bins(int* bins, int count = kBins) {
+  for (int i = threadIdx.x; i < count; i += THREADS) bins[i] = 0;
+}
+
+// The bin that holds the `need`-th largest entry of a histogram (need >= 1; the last bin if there are fewer).
+// result[0] = bin, result[1] = entries in bins above it, result[2] = entries in it. Ends with a barrier.
+template <int THREADS>
+__device__ __forceinline__ void find_bin(const int* bins, int need, int* scratch, int* result) {
+  constexpr int kPer = kBins / THREADS;
+  const int first = kBins - 1 - threadIdx.x * kPer;  // bins in descending order
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) sum += bins[first - i];
+  int total;
+  int above = block_exclusive_scan<THREADS>(sum, scratch, total);
+  if (above < need && (above + sum >= need || threadIdx.x == THREADS - 1)) {
+    int bin = first;
+    while (above + bins[bin] < need && bin > first - kPer + 1) above += bins[bin--];
+    result[0] = bin;
+    result[1] = above;
+    result[2] = bins[bin];
+  }
+  __syncthreads();
+}
+
+// Entries are ordered by score, then by lower position: a 54-bit key, taken in digits of 11, 11, 10, 11 and 11 bits.
+__device__ __forceinline__ unsigned long long entry_key(unsigned score, int position) {
+  return (unsigned long long)score << 22 | (0x3fffffu - (unsigned)position);
+}
+
+__device__ __forceinline__ int digit_shift(int digit) {
+  return digit < 2 ? 43 - 11 * digit : digit == 2 ? 22 : digit == 3 ? 11 : 0;
+}
+
+// Selects the `need` largest keys, a digit at a time. Entry e is among them if key(e) >> shift >= prefix.
+struct RadixState {
+  unsigned long long prefix;  // of the need-th largest key, its digits found so far
+  int shift;                  // bits not yet looked at
+  int need;                   // entries still to be found among those that share the prefix
+  int done;
+};
+constexpr int kRadixStateInts = sizeof(RadixState) / sizeof(int) + 1;
+
+// `state` is kRadixStateInts ints of shared memory, 8-byte aligned.
+__device__ __forceinline__ RadixState* radix_state(int* state) { return reinterpret_cast<RadixState*>(state); }
+
+__device__ __forceinline__ void radix_begin(int* state, int need) {
+  if (threadIdx.x == 0) *radix_state(state) = {0ull, 54, need, need <= 0};
+}
+
+__device__ __forceinline__ bool radix_selected(const RadixState* state, unsigned long long key) {
+  return state->need > 0 && (key >> state->shift) >= state->prefix;
+}
+
+__device__ __forceinline__ void radix_count(const RadixState* state, int digit, unsigned long long key, int* bins) {
+  const int shift = digit_shift(digit);
+  if ((key >> state->shift) == state->prefix) atomicAdd(&bins[(key >> shift) & ((1u << (state->shift - shift)) - 1)], 1);
+}
+
+// After all entries were counted. Ends with a barrier.
+template <int THREADS>
+__device__ __forceinline__ void radix_advance(int* state_, int digit, const int* bins, int* scratch) {
+  RadixState* state = radix_state(state_);
+  __syncthreads();
+  find_bin<THREADS>(bins, state->need, scratch, scratch + 32);
+  if (threadIdx.x == 0) {
+    const int shift = digit_shift(digit);
+    state->prefix = state->prefix << (state->shift - shift) | (unsigned)scratch[32];
+    state->shift = shift;
+    state->need -= scratch[33];
+    state->done = state->need == scratch[34];  // all that share the prefix are selected
+  }
+  __syncthreads();
+}
+
+// Continues from a histogram of the first digits: `need` entries are to be selected among the `count` whose digit is `bin`.
+__device__ __forceinline__ void radix_begin_in_bin(int* state, int bin, int need, int count) {
+  if (threadIdx.x == 0) *radix_state(state) = {(unsigned long long)bin, 43, need, need == count};
+}
+
+// Writes one selected position in the form asked for: 0 position, 1 slot of the cache, 2 offset into ragged keys.
+__device__ __forceinline__ int output_index(int position, int form, const int* pages, int offset) {
+  if (form == 1) return pages[position / kPage] * kPage + position % kPage;
+  return form == 2 ? position + offset : position;
+}
+
+// Rows that see at most topk tokens select all of them.
+template <int THREADS>
+__device__ __forceinline__ void select_all(int length, int topk, int form, const int* pages, int offset, int* out) {
+  for (int i = threadIdx.x; i < topk; i += THREADS) out[i] = i < length ? output_index(i, form, pages, offset) : -1;
+}
+
+}  // namespace misa

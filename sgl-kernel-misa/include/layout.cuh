@@ -1,0 +1,63 @@
+// Where the rows of a batch and the tokens of a sequence lie.
+#pragma once
+
+namespace misa {
+
+constexpr int kPage = 64;          // tokens in a page of the index-K cache
+constexpr int kSpan = 1024;        // tokens in 32 words of a bit plane
+constexpr int kSampleStride = 16;  // one token in so many is sampled
+
+// Rows are taken in tiles that never straddle two sequences: sequence i owns the tiles from cu_rows[i] / tile_rows + i on,
+// which leaves room for its partial tile whatever the lengths, and needs no prefix sum over the batch. The rows after the
+// last sequence (padding) form sequence `batch`. Every lane of a warp must call this.
+__device__ __forceinline__ int sequence_of_tile(const int* cu_rows, int batch, int tile, int tile_rows) {
+  int count = 0;
+  for (int i = 1 + (threadIdx.x & 31); i <= batch; i += 32) count += cu_rows[i] / tile_rows + i <= tile;
+  return __reduce_add_sync(0xffffffffu, count);
+}
+
+__device__ __forceinline__ int first_row_of_tile(const int* cu_rows, int sequence, int tile, int tile_rows) {
+  return cu_rows[sequence] + (tile - cu_rows[sequence] / tile_rows - sequence) * tile_rows;
+}
+
+// Sequence of a row (a tile of one row, less the room for partial tiles); every lane of a warp must call this.
+__device__ __forceinline__ int sequence_of_row(const int* cu_rows, int batch, int row) {
+  int count = 0;
+  for (int i = 1 + (threadIdx.x & 31); i <= batch; i += 32) count += cu_rows[i] <= row;
+  return __reduce_add_sync(0xffffffffu, count);
+}
+
+// Position of sample i: one token of every kSampleStride, at an offset that no period in the text can follow.
+__device__ __forceinline__ int sample_position(int i) {
+  return i * kSampleStride + (int)((unsigned)i * 2654435761u >> 28);
+}
+
+// A bit plane holds one bit a token, in the order in which the lanes of a warpgroup own the rows of a wgmma tile: word
+// span * 32 + warp * 8 + row % 8, bit page * 2 + (row / 8) % 2 for row `warp * 16 + ...` of page `page` of the span. So the
+// scoring kernel collects the bits of 16 pages in a register of its own, without a vote.
+__device__ __forceinline__ int plane_position(int word, int bit) {
+  return (word >> 5) * kSpan + (bit >> 1) * kPage + ((word >> 3) & 3) * 16 + (bit & 1) * 8 + (word & 7);
+}
+
+// The bits of a plane's word whose positions lie below `length`.
+__device__ __forceinline__ unsigned plane_visible(int word, int length) {
+  unsigned mask = 0;
+  for (int bit = 0; bit < 32; ++bit) mask |= (unsigned)(plane_position(word, bit) < length) << bit;
+  return mask;
+}
+
+// The 32 words of one span, one a lane, as 32 words in the order of the positions, one a lane.
+__device__ __forceinline__ unsigned natural_order(unsigned word) {
+  const int lane = threadIdx.x & 31;
+  unsigned mine = 0;
+#pragma unroll
+  for (int page = 0; page < 16; ++page) {
+    const unsigned even = __ballot_sync(0xffffffffu, word >> (2 * page) & 1);
+    const unsigned odd = __ballot_sync(0xffffffffu, word >> (2 * page + 1) & 1);
+    const unsigned half = __byte_perm(even, odd, lane & 1 ? 0x7362 : 0x5140);
+    if (lane >> 1 == page) mine = half;
+  }
+  return mine;
+}
+
+}  // namespace misa

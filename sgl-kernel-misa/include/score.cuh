@@ -1,0 +1,88 @@
+// The epilogue of scoring: the sum over heads in the registers of a wgmma accumulator.
+#pragma once
+
+#include "layout.cuh"
+
+namespace misa {
+
+// Why this is CUDA: TileLang's reduction over a reshaped fragment goes through shuffles and shared memory. With the columns
+// in the order below one thread owns all heads of a query, so its sum needs neither, and stays in the order of the heads.
+//
+// Column g * 4 * HEADS + i * 8 + t * 2 + b of the tile holds query g * 4 + t, head i * 2 + b (t, b: lane % 4, register).
+// acc is the accumulator of an m64 wgmma, rows `warp * 16 + rr * 8 + lane / 4`; out[g * 2 + rr] is the score of that row's
+// token for query g * 4 + lane % 4.
+template <int HEADS, int GROUPS>
+__device__ __forceinline__ void sum_heads(const float* acc, const float* weights, const float* scale, float* out) {
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+#pragma unroll
+    for (int rr = 0; rr < 2; ++rr) {
+      float sum = 0.f;
+#pragma unroll
+      for (int i = 0; i < HEADS / 2; ++i) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          sum = fmaf(weights[g * HEADS + i * 2 + b], fmaxf(acc[(g * (HEADS / 2) + i) * 4 + rr * 2 + b], 0.f), sum);
+        }
+      }
+      out[g * 2 + rr] = sum * scale[rr];
+    }
+  }
+}
+
+// The accumulator of the second m64 of a tile of two follows that of the first.
+template <int REGISTERS>
+__device__ __forceinline__ const float* half_of(const float* acc, int half) {
+  return acc + half * REGISTERS;
+}
+
+// Adds one page's scores to two bit planes: above[g] gets the bits of scores over high[g], within[g] of those not under
+// low[g]. first_bit is 1 << 2 * (page % 16).
+template <int GROUPS>
+__device__ __forceinline__ void mark_page(const float* score, const float* high, const float* low, unsigned first_bit,
+                                          unsigned* above, unsigned* within) {
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+#pragma unroll
+    for (int rr = 0; rr < 2; ++rr) {
+      if (score[g * 2 + rr] > high[g]) above[g] |= first_bit << rr;
+      if (score[g * 2 + rr] >= low[g]) within[g] |= first_bit << rr;
+    }
+  }
+}
+
+// Scores of tokens that a query does not see become NaN, which passes no comparison; of forced tokens (the first `init` and
+// the last `local` that it sees) +inf. token is the position of row 0 of the accumulator's lane.
+template <int GROUPS>
+__device__ __forceinline__ void mask_page(float* score, const int* length, int token, int init, int local) {
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+#pragma unroll
+    for (int rr = 0; rr < 2; ++rr) {
+      const int position = token + rr * 8;
+      if (position < init || position >= length[g] - local) score[g * 2 + rr] = __int_as_float(0x7f800000);
+      if (position >= length[g]) score[g * 2 + rr] = __int_as_float(0x7fffffff);
+    }
+  }
+}
+
+// The same sum for one query whose heads lie in the columns in their own order, HEADS a multiple of 8: a lane adds its
+// heads in ascending order, then the four lanes of a quad add their sums, 0 + 1 and 2 + 3 first. out[rr] is the sum of row
+// rr in every lane; gate[i * 2 + b] is that of head i * 8 + lane % 4 * 2 + b.
+template <int HEADS>
+__device__ __forceinline__ void sum_heads_of_quad(const float* acc, const float* gate, const float* scale, float* out) {
+#pragma unroll
+  for (int rr = 0; rr < 2; ++rr) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < HEADS / 8; ++i) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) sum = fmaf(gate[i * 2 + b], fmaxf(acc[i * 4 + rr * 2 + b], 0.f), sum);
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    out[rr] = sum * scale[rr];
+  }
+}
+
+}  // namespace misa

@@ -1,0 +1,71 @@
+"""The TileLang kernels and the table of what is compiled from them.
+
+Every kernel is a file of this folder with a factory `get_<name>_kernel(...)` that returns a prim_func. `KERNELS` says
+which of them, with which arguments, go into the library, and under which names they are launched.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable, Dict, Mapping
+
+from kernels.decode_score import get_decode_score_kernel
+from kernels.decode_select import get_decode_select_kernel
+from kernels.pool_blocks import get_pool_blocks_kernel
+from kernels.rerank import get_rerank_kernel
+from kernels.route import get_route_kernel
+from kernels.sample import get_sample_kernel
+from kernels.score import get_score_kernel
+from kernels.select import get_select_kernel
+from kernels.threshold import get_threshold_kernel
+from kernels.update_pooled_keys import get_update_pooled_keys_kernel
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of the library.
+
+    Attributes:
+        build: returns the prim_func. Its own name does not matter: the table's is what is exported.
+        pass_configs: TileLang pass configs that differ from `build_kernels.PASS_CONFIGS`.
+    """
+
+    build: Callable[[], Any]
+    pass_configs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _kernels() -> Dict[str, Kernel]:
+    kernels = {
+        "update_pooled_keys_int32": Kernel(
+            lambda: get_update_pooled_keys_kernel("int32")
+        ),
+        "update_pooled_keys_int64": Kernel(
+            lambda: get_update_pooled_keys_kernel("int64")
+        ),
+        "pool_blocks": Kernel(get_pool_blocks_kernel),
+        "route_32": Kernel(lambda: get_route_kernel(32)),
+        "route_64": Kernel(lambda: get_route_kernel(64)),
+        "sample": Kernel(get_sample_kernel),
+        "threshold": Kernel(get_threshold_kernel),
+        "decode_select": Kernel(get_decode_select_kernel),
+    }
+    for heads in (8, 16, 32, 64):
+        for mode in ("planes", "samples"):
+            kernels[f"score_{mode}_{heads}"] = Kernel(
+                partial(get_score_kernel, heads, mode)
+            )
+        for capacity in (3072, 6144):
+            kernels[f"select_{heads}_{capacity}"] = Kernel(
+                partial(get_select_kernel, heads, capacity)
+            )
+        kernels[f"decode_score_{heads}"] = Kernel(
+            partial(get_decode_score_kernel, heads)
+        )
+    for heads in (32, 64):
+        for capacity in (8192, 16384):
+            kernels[f"rerank_{heads}_{capacity}"] = Kernel(
+                partial(get_rerank_kernel, heads, capacity)
+            )
+    return kernels
+
+
+KERNELS = _kernels()

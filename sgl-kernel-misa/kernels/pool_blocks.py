@@ -1,0 +1,44 @@
+"""Pooled keys of the complete blocks of every sequence: means of their page means."""
+
+import tilelang.language as T
+
+
+def get_pool_blocks_kernel():
+    """Thread d of a block averages dimension d of one pooled block, in float64."""
+    pages, batch, max_pages, stride, blocks, rows = (
+        T.dynamic(name)
+        for name in ("pages", "batch", "max_pages", "table_stride", "blocks", "rows")
+    )
+
+    @T.prim_func
+    def pool_blocks(
+        pooled_keys: T.Tensor((pages, 128), T.bfloat16),
+        page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
+        cu_rows: T.Tensor((batch + 1,), T.int32),
+        lengths: T.Tensor((rows,), T.int32),
+        out: T.Tensor((batch, blocks, 128), T.bfloat16),
+        block_pages: T.int32,
+    ):
+        with T.Kernel(blocks, batch, threads=128) as (block, seq):
+            total = T.alloc_var(T.float64)
+            length = T.alloc_var(T.int32)
+            d = T.get_thread_binding()
+            length = 0
+            if cu_rows[seq] < cu_rows[seq + 1]:
+                length = lengths[cu_rows[seq + 1] - 1]
+            if (block + 1) * block_pages * 64 <= length:
+                total = T.float64(0)
+                for i in T.serial(block_pages):
+                    total += T.cast(
+                        T.cast(
+                            pooled_keys[page_table[seq, block * block_pages + i], d],
+                            T.float32,
+                        ),
+                        T.float64,
+                    )
+                out[seq, block, d] = T.cast(
+                    T.cast(total / T.cast(block_pages, T.float64), T.float32),
+                    T.bfloat16,
+                )
+
+    return pool_blocks

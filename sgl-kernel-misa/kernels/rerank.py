@@ -1,0 +1,168 @@
+"""The second stage of hierarchical MISA: a row's candidates scored with all heads, and the best of them selected."""
+
+import tilelang.language as T
+
+THREADS = 256
+TILE = 128
+PAGE_BYTES = 8448
+
+
+def get_rerank_kernel(num_heads: int, capacity: int):
+    """One CTA a row. Gathered keys on the M side of a wgmma, the row's heads on the N side.
+
+    Args:
+        num_heads: heads of the indexer, H.
+        capacity: most candidates a row may have.
+    """
+    registers = num_heads // 2  # of one m64 accumulator
+    rows, pages, batch, max_pages, stride, candidates_, topk = (
+        T.dynamic(name)
+        for name in (
+            "rows",
+            "pages",
+            "batch",
+            "max_pages",
+            "table_stride",
+            "num_candidates",
+            "topk",
+        )
+    )
+
+    @T.macro
+    def gather_keys(
+        keys, scales, page_table, candidates, row, seq, first, count, k_shared, s_shared
+    ):
+        tx = T.get_thread_binding()
+        for i in T.unroll(TILE * 8 // THREADS):
+            key = i * (THREADS // 8) + tx // 8
+            d = tx % 8 * 16
+            position = candidates[row, T.min(first + key, count - 1)]
+            page = page_table[seq, position // 64]
+            for v in T.vectorized(16):
+                k_shared[key, d + v] = keys[page, position % 64, d + v]
+            if tx % 8 == 0:
+                s_shared[key] = scales[page, position % 64]
+
+    @T.prim_func
+    def rerank(
+        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        weights: T.Tensor((rows, num_heads), T.float32),
+        candidates: T.Tensor((rows, candidates_), T.int32),
+        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
+        scales: T.StridedTensor((pages, 64), (PAGE_BYTES // 4, 1), T.float32),
+        page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
+        cu_rows: T.Tensor((batch + 1,), T.int32),
+        lengths: T.Tensor((rows,), T.int32),
+        offsets: T.Tensor((rows,), T.int32),
+        out: T.Tensor((rows, topk), T.int32),
+        init_tokens: T.int32,
+        local_tokens: T.int32,
+        form: T.int32,
+    ):
+        with T.Kernel(rows, threads=THREADS) as row:
+            T.import_source('#include "score.cuh"\n#include "rerank.cuh"\n')
+            scores = T.alloc_shared((capacity,), T.uint32)
+            bins = T.alloc_shared((2048,), T.int32)
+            q_shared = T.alloc_shared((num_heads, 128), T.float8_e4m3fn)
+            k_shared = T.alloc_shared((TILE, 128), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((TILE,), T.float32)
+            scratch = T.alloc_shared((64,), T.int32)
+            state = T.alloc_shared((8,), T.int32)
+            acc = T.alloc_fragment((TILE, num_heads), T.float32)
+            gate = T.alloc_local((num_heads // 4,), T.float32)
+            scale = T.alloc_local((2,), T.float32)
+            score = T.alloc_local((2,), T.float32)
+            count = T.alloc_var(T.int32)
+            offset = T.alloc_var(T.int32)
+            position = T.alloc_var(T.int32)
+            tx = T.get_thread_binding()
+            entry = tx // 32 * 16 + tx % 32 // 4
+            seq = T.call_extern(
+                "int32", "misa::sequence_of_row", cu_rows.data, batch, row
+            )
+            count = 0
+            if seq < batch:
+                count = T.call_extern(
+                    "int32",
+                    f"misa::list_length<{THREADS}>",
+                    T.address_of(candidates[row, 0]),
+                    candidates_,
+                    T.address_of(scratch[0]),
+                )
+            offset = 0
+            if form == 2:
+                offset = offsets[row]
+            for i in T.serial(T.ceildiv(topk, THREADS)):
+                if i * THREADS + tx < topk and i * THREADS + tx >= T.min(count, topk):
+                    out[row, i * THREADS + tx] = -1
+            if count > 0:
+                for i in T.serial(num_heads * 8 // THREADS):
+                    for v in T.vectorized(16):
+                        q_shared[i * (THREADS // 8) + tx // 8, tx % 8 * 16 + v] = q[
+                            row, i * (THREADS // 8) + tx // 8, tx % 8 * 16 + v
+                        ]
+                for i in T.unroll(num_heads // 8):
+                    for b in T.unroll(2):
+                        gate[i * 2 + b] = weights[row, i * 8 + tx % 4 * 2 + b]
+                for first in T.serial(T.ceildiv(count, TILE)):
+                    gather_keys(
+                        keys,
+                        scales,
+                        page_table,
+                        candidates,
+                        row,
+                        seq,
+                        first * TILE,
+                        count,
+                        k_shared,
+                        s_shared,
+                    )
+                    T.fence_proxy_async()
+                    T.sync_threads()
+                    T.gemm(
+                        k_shared,
+                        q_shared,
+                        acc,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    for rr in T.unroll(2):
+                        scale[rr] = s_shared[entry + rr * 8]
+                    T.call_extern(
+                        "handle",
+                        f"misa::sum_heads_of_quad<{num_heads}>",
+                        acc.data,
+                        gate.data,
+                        scale.data,
+                        score.data,
+                    )
+                    for rr in T.unroll(2):
+                        if tx % 4 == 0 and first * TILE + entry + rr * 8 < count:
+                            position = candidates[row, first * TILE + entry + rr * 8]
+                            if (
+                                position < init_tokens
+                                or position >= lengths[row] - local_tokens
+                            ):
+                                score[rr] = T.infinity(T.float32)
+                            scores[first * TILE + entry + rr * 8] = T.call_extern(
+                                "uint32", "misa::ordered", score[rr]
+                            )
+                    T.sync_threads()
+                T.call_extern(
+                    "handle",
+                    f"misa::select_listed<{THREADS}>",
+                    T.address_of(candidates[row, 0]),
+                    T.address_of(scores[0]),
+                    count,
+                    T.min(count, topk),
+                    T.address_of(bins[0]),
+                    T.address_of(state[0]),
+                    T.address_of(scratch[0]),
+                    form,
+                    T.address_of(page_table[seq, 0]),
+                    offset,
+                    T.address_of(out[row, 0]),
+                )
+
+    return rerank

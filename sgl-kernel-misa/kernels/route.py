@@ -1,0 +1,123 @@
+"""The router: which heads score the tokens of a row.
+
+E[j] = |w[j]| / M * sum over the row's M pooled blocks of relu(q[j] . kbar[b]). The pooled keys of complete blocks come from
+`pool_blocks`; that of the partial block at the end of the row's prefix is the row's own and is averaged here.
+"""
+
+import tilelang.language as T
+
+BLOCKS = 64  # pooled keys multiplied at a time
+
+
+def get_route_kernel(num_heads: int):
+    """One CTA a row: a bf16 wgmma of all heads (M side) with the pooled keys. FP8 queries are exact in bf16."""
+    rows, pages, batch, max_pages, stride, blocks, active_heads = (
+        T.dynamic(name)
+        for name in (
+            "rows",
+            "pages",
+            "batch",
+            "max_pages",
+            "table_stride",
+            "blocks",
+            "active_heads",
+        )
+    )
+
+    @T.prim_func
+    def route(
+        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        weights: T.Tensor((rows, num_heads), T.float32),
+        pooled_keys: T.Tensor((pages, 128), T.bfloat16),
+        pooled_blocks: T.Tensor((batch, blocks, 128), T.bfloat16),
+        page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
+        cu_rows: T.Tensor((batch + 1,), T.int32),
+        lengths: T.Tensor((rows,), T.int32),
+        out: T.Tensor((rows, active_heads), T.int32),
+        block_pages: T.int32,
+    ):
+        with T.Kernel(rows, threads=128) as row:
+            T.import_source('#include "layout.cuh"\n#include "route.cuh"\n')
+            q_shared = T.alloc_shared((64, 128), T.bfloat16)
+            k_shared = T.alloc_shared((BLOCKS, 128), T.bfloat16)
+            estimates = T.alloc_shared((64,), T.float32)
+            votes = T.alloc_shared((2,), T.uint32)
+            acc = T.alloc_fragment((64, BLOCKS), T.float32)
+            sums = T.alloc_local((2,), T.float32)
+            total = T.alloc_var(T.float64)
+            full = T.alloc_var(T.int32)
+            partial = T.alloc_var(T.int32)
+            count = T.alloc_var(T.int32)
+            tx = T.get_thread_binding()
+            # One row is a tile, so padding rows belong to sequence `batch`.
+            seq = T.call_extern(
+                "int32", "misa::sequence_of_row", cu_rows.data, batch, row
+            )
+            full = 0
+            partial = 0
+            if seq < batch:
+                full = lengths[row] // 64 // block_pages
+                partial = lengths[row] // 64 % block_pages
+            count = full + T.if_then_else(partial > 0, 1, 0)
+            for i in T.unroll(4):
+                for v in T.vectorized(16):
+                    h = i * 16 + tx // 8
+                    if h < num_heads:
+                        q_shared[h, tx % 8 * 16 + v] = T.cast(
+                            q[row, h, tx % 8 * 16 + v], T.bfloat16
+                        )
+            for rr in T.unroll(2):
+                sums[rr] = 0.0
+            for first in T.serial(T.ceildiv(count, BLOCKS)):
+                for i in T.unroll(8):
+                    b = i * 8 + tx // 16
+                    for v in T.vectorized(8):
+                        k_shared[b, tx % 16 * 8 + v] = T.bfloat16(0)
+                    if first * BLOCKS + b < full:
+                        for v in T.vectorized(8):
+                            k_shared[b, tx % 16 * 8 + v] = pooled_blocks[
+                                seq, first * BLOCKS + b, tx % 16 * 8 + v
+                            ]
+                T.sync_threads()
+                if partial > 0 and full // BLOCKS == first:
+                    total = T.float64(0)
+                    for i in T.serial(partial):
+                        total += T.cast(
+                            T.cast(
+                                pooled_keys[
+                                    page_table[seq, full * block_pages + i], tx
+                                ],
+                                T.float32,
+                            ),
+                            T.float64,
+                        )
+                    k_shared[full % BLOCKS, tx] = T.cast(
+                        T.cast(total / T.cast(partial, T.float64), T.float32),
+                        T.bfloat16,
+                    )
+                T.fence_proxy_async()
+                T.sync_threads()
+                T.gemm(q_shared, k_shared, acc, transpose_B=True, clear_accum=True)
+                T.call_extern("handle", "misa::add_relu", acc.data, sums.data)
+                T.sync_threads()
+            for rr in T.unroll(2):
+                h = tx // 32 * 16 + tx % 32 // 4 + rr * 8
+                sums[rr] = T.call_extern("float32", "misa::quad_sum", sums[rr])
+                if tx % 4 == 0 and h < num_heads:
+                    estimates[h] = 0.0
+                    if count > 0:
+                        estimates[h] = (
+                            T.abs(weights[row, h]) * sums[rr] / T.cast(count, T.float32)
+                        )
+            T.sync_threads()
+            T.call_extern(
+                "handle",
+                "misa::pick_heads",
+                T.address_of(estimates[0]),
+                num_heads,
+                active_heads,
+                T.address_of(votes[0]),
+                T.address_of(out[row, 0]),
+            )
+
+    return route

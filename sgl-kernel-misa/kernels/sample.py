@@ -1,0 +1,56 @@
+"""Copies one key of every 16 out of the paged cache, as pages of 64 of their own: what the thresholds are estimated on."""
+
+import tilelang.language as T
+
+PAGE_WORDS = 2112
+
+
+def get_sample_kernel():
+    """128 threads copy one page of samples, two threads a key."""
+    pages, batch, max_pages, stride, sample_pages, rows = (
+        T.dynamic(name)
+        for name in (
+            "pages",
+            "batch",
+            "max_pages",
+            "table_stride",
+            "sample_pages",
+            "rows",
+        )
+    )
+
+    @T.prim_func
+    def sample(
+        index_k: T.Tensor((pages, PAGE_WORDS), T.int32),
+        page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
+        cu_rows: T.Tensor((batch + 1,), T.int32),
+        lengths: T.Tensor((rows,), T.int32),
+        out: T.Tensor((batch, sample_pages, PAGE_WORDS), T.int32),
+    ):
+        with T.Kernel(sample_pages, batch, threads=128) as (page, seq):
+            T.import_source('#include "layout.cuh"\n')
+            length = T.alloc_var(T.int32)
+            position = T.alloc_var(T.int32)
+            source = T.alloc_var(T.int32)
+            tx = T.get_thread_binding()
+            key = tx // 2
+            length = 0
+            if cu_rows[seq] < cu_rows[seq + 1]:
+                length = lengths[cu_rows[seq + 1] - 1]
+            if page * 1024 < length:
+                position = T.call_extern(
+                    "int32", "misa::sample_position", page * 64 + key
+                )
+                # A sample past the end is never looked at.
+                position = T.min(position, length - 1)
+                source = page_table[seq, position // 64]
+                for i in T.unroll(4):
+                    for v in T.vectorized(4):
+                        word = tx % 2 * 16 + i * 4 + v
+                        out[seq, page, key * 32 + word] = index_k[
+                            source, position % 64 * 32 + word
+                        ]
+                if tx % 2 == 0:
+                    out[seq, page, 2048 + key] = index_k[source, 2048 + position % 64]
+
+    return sample

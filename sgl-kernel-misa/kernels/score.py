@@ -1,0 +1,255 @@
+"""Scores every visible token of a sequence for a tile of its rows; what becomes of a score is the kernel's mode.
+
+One CTA takes a tile of rows of one sequence and a range of its pages. A producer warpgroup streams the pages from the
+paged cache with TMA, one page (64 keys and their scales) a stage. Two consumer warpgroups each hold the queries of half of
+the rows and multiply K on the M side with (query, head) pairs on the N side: see `score.cuh` for the order of the columns.
+"""
+
+import tilelang.language as T
+
+PAGE_BYTES = 8448
+STAGES = 8
+
+
+def rows_per_warpgroup(heads: int) -> int:
+    """Rows that a warpgroup scores at once with `heads` heads each: as many as make 128 columns, and at least 4."""
+    return max(4, 128 // heads)
+
+
+def get_score_kernel(heads: int, mode: str):
+    """Scoring for prefill.
+
+    Args:
+        heads: heads of a row that score, 8, 16, 32 or 64; rows of `active` may be shorter.
+        mode: "planes" writes two bits a token (score over the row's high threshold, score not under the low one);
+            "samples" scores a sequence's sampled keys and writes the float32 scores.
+    """
+    group_rows = rows_per_warpgroup(heads)
+    tile_rows = 2 * group_rows
+    groups = group_rows // 4
+    columns = group_rows * heads
+    planes = mode == "planes"
+    rows, num_heads, pages, batch, max_pages, active_heads, stride, width, slots = (
+        T.dynamic(name)
+        for name in (
+            "rows",
+            "num_heads",
+            "pages",
+            "batch",
+            "max_pages",
+            "active_heads",
+            "table_stride",
+            "width",
+            "slots",
+        )
+    )
+
+    @T.prim_func
+    def score(
+        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        weights: T.Tensor((rows, num_heads), T.float32),
+        active: T.Tensor((rows, active_heads), T.int32),
+        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
+        scales: T.StridedTensor((pages, 64), (PAGE_BYTES // 4, 1), T.float32),
+        page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
+        cu_rows: T.Tensor((batch + 1,), T.int32),
+        lengths: T.Tensor((rows,), T.int32),
+        thresholds: T.Tensor((slots, 2), T.float32),
+        out: T.Tensor((slots, 2 if planes else 1, width), T.uint32),
+        first_tile: T.int32,
+        tiles: T.int32,
+        splits: T.int32,
+        split_pages: T.int32,
+        topk: T.int32,
+        init_tokens: T.int32,
+        local_tokens: T.int32,
+    ):
+        with T.Kernel(tiles, splits, threads=384) as (bx, by):
+            T.import_source('#include "score.cuh"\n')
+            q_shared = T.alloc_shared((2 * columns, 128), T.float8_e4m3fn)
+            k_shared = T.alloc_shared((STAGES, 64, 128), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((STAGES, 64), T.float32)
+            full = T.alloc_barrier([128] * STAGES)
+            empty = T.alloc_barrier([256] * STAGES)
+            acc = T.alloc_fragment((64, 2 * columns), T.float32)
+            gate = T.alloc_local((groups * heads,), T.float32)
+            scale = T.alloc_local((2,), T.float32)
+            score_ = T.alloc_local((groups * 2,), T.float32)
+            length = T.alloc_local((groups,), T.int32)
+            high = T.alloc_local((groups,), T.float32)
+            low = T.alloc_local((groups,), T.float32)
+            above = T.alloc_local((groups,), T.uint32)
+            within = T.alloc_local((groups,), T.uint32)
+            shortest = T.alloc_var(T.int32)
+            row0 = T.alloc_var(T.int32)
+            row1 = T.alloc_var(T.int32)
+            p0 = T.alloc_var(T.int32)
+            num_pages = T.alloc_var(T.int32)
+            tx = T.get_thread_binding()
+            lane = tx % 32
+            group = tx // 128
+            token = tx % 128 // 32 * 16 + lane // 4
+
+            tile = first_tile + bx
+            seq = T.call_extern(
+                "int32", "misa::sequence_of_tile", cu_rows.data, batch, tile, tile_rows
+            )
+            row0 = T.call_extern(
+                "int32",
+                "misa::first_row_of_tile",
+                cu_rows.data,
+                seq,
+                tile,
+                tile_rows,
+            )
+            if seq < batch and row0 < cu_rows[T.min(seq + 1, batch)]:
+                row1 = T.min(cu_rows[seq + 1], row0 + tile_rows)
+                # Pages of keys, or of samples.
+                num_pages = (lengths[row1 - 1] + 63) // 64
+                if not planes:
+                    num_pages = (num_pages + 15) // 16
+                p0 = by * split_pages
+                num_pages = T.min(num_pages - p0, split_pages)
+                if num_pages > 0 and lengths[row1 - 1] > topk:
+                    # Queries, 16 bytes a thread.
+                    for i in T.serial(T.ceildiv(2 * columns * 8, 384)):
+                        c = (i * 384 + tx) // 8
+                        d = (i * 384 + tx) % 8 * 16
+                        if c < 2 * columns:
+                            j = c % (4 * heads) // 8 * 2 + c % 2
+                            row = T.min(
+                                row0 + c // (4 * heads) * 4 + c % 8 // 2, row1 - 1
+                            )
+                            head = active[row, T.min(j, active_heads - 1)]
+                            for v in T.vectorized(16):
+                                q_shared[c, d + v] = q[row, head, d + v]
+                    T.fence_proxy_async()
+                    T.sync_threads()
+                    with T.ws(2):
+                        if heads == 64:
+                            T.set_max_nreg(24, 0)
+                        for i in T.serial(num_pages):
+                            page = T.if_then_else(
+                                planes,
+                                page_table[seq, p0 + i],
+                                seq * max_pages + p0 + i,
+                            )
+                            T.mbarrier_wait_parity(
+                                empty[i % STAGES], ((i // STAGES) % 2) ^ 1
+                            )
+                            T.tma_copy(
+                                keys[page, 0:64, 0:128],
+                                k_shared[i % STAGES, :, :],
+                                barrier=full[i % STAGES],
+                            )
+                            T.tma_copy(
+                                scales[page, 0:64],
+                                s_shared[i % STAGES, :],
+                                barrier=full[i % STAGES],
+                            )
+                            T.mbarrier_arrive(full[i % STAGES])
+                    with T.ws(0, 1):
+                        if (
+                            heads == 64
+                        ):  # 128 accumulators and 64 gates do not fit in 168
+                            T.set_max_nreg(240, 1)
+                        shortest = 2147483647
+                        for g in T.unroll(groups):
+                            slot = (
+                                bx * tile_rows + group * group_rows + g * 4 + lane % 4
+                            )
+                            row = row0 + group * group_rows + g * 4 + lane % 4
+                            length[g] = T.if_then_else(
+                                row < row1, lengths[T.min(row, row1 - 1)], 0
+                            )
+                            for j in T.unroll(heads):
+                                gate[g * heads + j] = 0.0
+                                if j < active_heads:
+                                    gate[g * heads + j] = weights[
+                                        T.min(row, row1 - 1),
+                                        active[T.min(row, row1 - 1), j],
+                                    ]
+                            if planes:
+                                high[g] = thresholds[slot, 0]
+                                low[g] = thresholds[slot, 1]
+                            shortest = T.min(shortest, length[g])
+                        for i in T.serial(num_pages):
+                            if planes:
+                                if i % 16 == 0:
+                                    for g in T.unroll(groups):
+                                        above[g] = T.uint32(0)
+                                        within[g] = T.uint32(0)
+                            T.mbarrier_wait_parity(full[i % STAGES], (i // STAGES) % 2)
+                            T.gemm(
+                                k_shared[i % STAGES, :, :],
+                                q_shared,
+                                acc,
+                                transpose_B=True,
+                                clear_accum=True,
+                                policy=T.GemmWarpPolicy.FullCol,
+                            )
+                            scale[0] = s_shared[i % STAGES, token]
+                            scale[1] = s_shared[i % STAGES, token + 8]
+                            T.mbarrier_arrive(empty[i % STAGES])
+                            T.call_extern(
+                                "handle",
+                                f"misa::sum_heads<{heads}, {groups}>",
+                                acc.data,
+                                gate.data,
+                                scale.data,
+                                score_.data,
+                            )
+                            if planes:
+                                first = (p0 + i) * 64
+                                if (
+                                    first < init_tokens
+                                    or first + 64 > shortest - local_tokens
+                                ):
+                                    T.call_extern(
+                                        "handle",
+                                        f"misa::mask_page<{groups}>",
+                                        score_.data,
+                                        length.data,
+                                        first + token,
+                                        init_tokens,
+                                        local_tokens,
+                                    )
+                                T.call_extern(
+                                    "handle",
+                                    f"misa::mark_page<{groups}>",
+                                    score_.data,
+                                    high.data,
+                                    low.data,
+                                    T.uint32(1) << T.cast(i % 16 * 2, T.uint32),
+                                    above.data,
+                                    within.data,
+                                )
+                                if i % 16 == 15 or i == num_pages - 1:
+                                    for g in T.unroll(groups):
+                                        slot = (
+                                            bx * tile_rows
+                                            + group * group_rows
+                                            + g * 4
+                                            + lane % 4
+                                        )
+                                        word = (
+                                            (p0 + i) // 16 * 32
+                                            + tx % 128 // 32 * 8
+                                            + lane // 4
+                                        )
+                                        out[slot, 0, word] = above[g]
+                                        out[slot, 1, word] = within[g]
+                            else:
+                                for g in T.unroll(groups):
+                                    for rr in T.unroll(2):
+                                        slot = (
+                                            bx * tile_rows
+                                            + group * group_rows
+                                            + g * 4
+                                            + lane % 4
+                                        )
+                                        out[slot, 0, (p0 + i) * 64 + token + rr * 8] = (
+                                            T.reinterpret(score_[g * 2 + rr], T.uint32)
+                                        )
+
+    return score

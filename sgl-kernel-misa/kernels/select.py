@@ -1,0 +1,340 @@
+"""Exact top-k of a row from the two bits a token that `score` left.
+
+The thresholds bracket the k-th score: what lies above both is selected, what lies between them (a couple of thousand
+tokens, or any number where the thresholds misjudged) is scored again with the same instructions, hence to the same bits,
+and selected by radix. Few enough candidates are kept in shared memory; more than that are streamed once a digit.
+"""
+
+import tilelang.language as T
+
+THREADS = 128
+PAGE_BYTES = 8448
+
+
+def get_select_kernel(heads: int, capacity: int):
+    """One CTA a row.
+
+    Args:
+        heads: as for `score`.
+        capacity: candidates kept in shared memory, a multiple of 1024.
+    """
+    columns = (
+        4 * heads
+    )  # the row's heads in the columns of lanes 0, 4, 8, ...; the others are zero
+    tile = 128 if heads <= 16 else 64  # candidates scored at a time
+    halves = tile // 64
+    (
+        rows,
+        num_heads,
+        pages,
+        batch,
+        max_pages,
+        active_heads,
+        stride,
+        width,
+        slots,
+        topk,
+    ) = (
+        T.dynamic(name)
+        for name in (
+            "rows",
+            "num_heads",
+            "pages",
+            "batch",
+            "max_pages",
+            "active_heads",
+            "table_stride",
+            "width",
+            "slots",
+            "topk",
+        )
+    )
+
+    @T.macro
+    def load_queries(q, weights, active, row, q_shared, gate):
+        tx = T.get_thread_binding()
+        for i in T.serial(T.ceildiv(columns * 8, THREADS)):
+            c = (i * THREADS + tx) // 8
+            d = (i * THREADS + tx) % 8 * 16
+            j = c // 8 * 2 + c % 2
+            if c < columns:
+                for v in T.vectorized(16):
+                    q_shared[c, d + v] = T.float8_e4m3fn(0)
+                if c % 8 < 2:
+                    head = active[row, T.min(j, active_heads - 1)]
+                    for v in T.vectorized(16):
+                        q_shared[c, d + v] = q[row, head, d + v]
+        for j in T.unroll(heads):
+            gate[j] = 0.0
+            if j < active_heads:
+                gate[j] = weights[row, active[row, j]]
+
+    @T.macro
+    def gather_keys(
+        keys, scales, page_table, seq, positions, first, count, k_shared, s_shared
+    ):
+        tx = T.get_thread_binding()
+        for i in T.unroll(tile // 16):
+            key = i * 16 + tx // 8
+            d = tx % 8 * 16
+            position = positions[T.min(first + key, count - 1)]
+            page = page_table[seq, position // 64]
+            for v in T.vectorized(16):
+                k_shared[key, d + v] = keys[page, position % 64, d + v]
+            if tx % 8 == 0:
+                s_shared[key] = scales[page, position % 64]
+
+    @T.macro
+    def store_scores(
+        acc,
+        gate,
+        s_shared,
+        positions,
+        scores,
+        first,
+        count,
+        length,
+        init_tokens,
+        local_tokens,
+    ):
+        tx = T.get_thread_binding()
+        scale = T.alloc_local((2,), T.float32)
+        score = T.alloc_local((2,), T.float32)
+        for half in T.unroll(halves):
+            entry = half * 64 + tx // 32 * 16 + tx % 32 // 4
+            for rr in T.unroll(2):
+                scale[rr] = s_shared[entry + rr * 8]
+            T.call_extern(
+                "handle",
+                f"misa::sum_heads<{heads}, 1>",
+                T.call_extern(
+                    "handle", f"misa::half_of<{columns // 2}>", acc.data, half
+                ),
+                gate.data,
+                scale.data,
+                score.data,
+            )
+            for rr in T.unroll(2):
+                e = first + entry + rr * 8
+                if tx % 4 == 0 and e < count:
+                    if (
+                        positions[e] < init_tokens
+                        or positions[e] >= length - local_tokens
+                    ):
+                        score[rr] = T.infinity(T.float32)
+                    scores[e] = T.call_extern("uint32", "misa::ordered", score[rr])
+
+    @T.prim_func
+    def select(
+        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        weights: T.Tensor((rows, num_heads), T.float32),
+        active: T.Tensor((rows, active_heads), T.int32),
+        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
+        scales: T.StridedTensor((pages, 64), (PAGE_BYTES // 4, 1), T.float32),
+        page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
+        cu_rows: T.Tensor((batch + 1,), T.int32),
+        lengths: T.Tensor((rows,), T.int32),
+        thresholds: T.Tensor((slots, 2), T.float32),
+        planes: T.Tensor((slots, 2, width), T.uint32),
+        offsets: T.Tensor((rows,), T.int32),
+        out: T.Tensor((rows, topk), T.int32),
+        first_tile: T.int32,
+        tile_rows: T.int32,
+        init_tokens: T.int32,
+        local_tokens: T.int32,
+        form: T.int32,
+    ):
+        with T.Kernel(slots, threads=THREADS) as slot:
+            T.import_source('#include "score.cuh"\n#include "select.cuh"\n')
+            positions = T.alloc_shared((capacity,), T.int32)
+            scores = T.alloc_shared((capacity,), T.uint32)
+            bins = T.alloc_shared((2048,), T.int32)
+            q_shared = T.alloc_shared((columns, 128), T.float8_e4m3fn)
+            k_shared = T.alloc_shared((tile, 128), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((tile,), T.float32)
+            scratch = T.alloc_shared((64,), T.int32)
+            state = T.alloc_shared((8,), T.int32)
+            info = T.alloc_shared(
+                (4,), T.int32
+            )  # candidates, needed, tied; in `positions`
+            acc = T.alloc_fragment((tile, columns), T.float32)
+            gate = T.alloc_local((heads,), T.float32)
+            row = T.alloc_var(T.int32)
+            length = T.alloc_var(T.int32)
+            offset = T.alloc_var(T.int32)
+            words = T.alloc_var(T.int32)
+            chunk = T.alloc_var(T.int32)
+            parts = T.alloc_var(T.int32)
+            rounds = T.alloc_var(T.int32)
+            part = T.alloc_var(T.int32)
+            digit = T.alloc_var(T.int32)
+            tx = T.get_thread_binding()
+
+            seq = T.call_extern(
+                "int32",
+                "misa::sequence_of_tile",
+                cu_rows.data,
+                batch,
+                first_tile + T.truncdiv(slot, tile_rows),
+                tile_rows,
+            )
+            row = T.call_extern(
+                "int32",
+                "misa::first_row_of_tile",
+                cu_rows.data,
+                seq,
+                first_tile + T.truncdiv(slot, tile_rows),
+                tile_rows,
+            )
+            row += T.truncmod(slot, tile_rows)
+            length = -1
+            offset = 0
+            if seq < batch:
+                if row < cu_rows[T.min(seq + 1, batch)]:
+                    length = lengths[row]
+                    if form == 2:
+                        offset = offsets[row]
+            elif row < rows:
+                length = 0  # padding
+            if length >= 0 and length <= topk:
+                T.call_extern(
+                    "handle",
+                    f"misa::select_all<{THREADS}>",
+                    length,
+                    topk,
+                    form,
+                    T.address_of(page_table[T.min(seq, batch - 1), 0]),
+                    offset,
+                    T.address_of(out[row, 0]),
+                )
+            if length > topk:
+                words = (length + 1023) // 1024 * 32
+                T.call_extern(
+                    "handle",
+                    f"misa::classify<{THREADS}>",
+                    T.address_of(planes[slot, 0, 0]),
+                    T.address_of(planes[slot, 1, 0]),
+                    words,
+                    length,
+                    topk,
+                    T.address_of(thresholds[slot, 0]),
+                    T.address_of(scratch[0]),
+                    T.address_of(info[0]),
+                )
+                # Five digits count the candidates, the sixth round selects. So many words of a plane can hold no more
+                # candidates than fit.
+                chunk = words
+                if info[0] > capacity:
+                    chunk = capacity // 32
+                parts = T.truncdiv(words + chunk - 1, chunk)
+                rounds = parts * 6
+                if info[2] != 0 or info[1] == 0:
+                    rounds = 0
+                if rounds > 0:
+                    load_queries(q, weights, active, row, q_shared, gate)
+                    T.call_extern(
+                        "handle",
+                        "misa::radix_begin",
+                        T.address_of(state[0]),
+                        info[1],
+                    )
+                    T.sync_threads()
+                for step in T.serial(rounds):
+                    digit = T.truncdiv(step, parts)
+                    part = step - digit * parts
+                    # Once a digit has settled it, only the last round is left.
+                    if digit == 5 or state[4] == 0:
+                        if digit < 5 and part == 0:
+                            T.call_extern(
+                                "handle",
+                                f"misa::clear_bins<{THREADS}>",
+                                T.address_of(bins[0]),
+                            )
+                        if digit == 0 or chunk < words:
+                            T.sync_threads()
+                            if tx == 0:
+                                info[3] = 0
+                            T.sync_threads()
+                            T.call_extern(
+                                "handle",
+                                f"misa::collect<{THREADS}>",
+                                T.address_of(planes[slot, 1, 0]),
+                                part * chunk,
+                                T.min(part * chunk + chunk, words),
+                                T.address_of(positions[0]),
+                                T.address_of(info[3]),
+                            )
+                            T.sync_threads()
+                            for b in T.serial(T.ceildiv(info[3], tile)):
+                                gather_keys(
+                                    keys,
+                                    scales,
+                                    page_table,
+                                    seq,
+                                    positions,
+                                    b * tile,
+                                    info[3],
+                                    k_shared,
+                                    s_shared,
+                                )
+                                T.fence_proxy_async()
+                                T.sync_threads()
+                                T.gemm(
+                                    k_shared,
+                                    q_shared,
+                                    acc,
+                                    transpose_B=True,
+                                    clear_accum=True,
+                                )
+                                store_scores(
+                                    acc,
+                                    gate,
+                                    s_shared,
+                                    positions,
+                                    scores,
+                                    b * tile,
+                                    info[3],
+                                    length,
+                                    init_tokens,
+                                    local_tokens,
+                                )
+                                T.sync_threads()
+                        else:
+                            T.sync_threads()
+                        for i in T.serial(T.ceildiv(info[3], THREADS)):
+                            if i * THREADS + tx < info[3]:
+                                T.call_extern(
+                                    "handle",
+                                    "misa::radix_visit",
+                                    T.address_of(state[0]),
+                                    digit,
+                                    scores[i * THREADS + tx],
+                                    positions[i * THREADS + tx],
+                                    T.address_of(bins[0]),
+                                    T.address_of(planes[slot, 0, 0]),
+                                )
+                        if digit < 5 and part == parts - 1:
+                            T.call_extern(
+                                "handle",
+                                f"misa::radix_advance<{THREADS}>",
+                                T.address_of(state[0]),
+                                digit,
+                                T.address_of(bins[0]),
+                                T.address_of(scratch[0]),
+                            )
+                T.sync_threads()
+                T.call_extern(
+                    "handle",
+                    f"misa::emit<{THREADS}>",
+                    T.address_of(planes[slot, 0, 0]),
+                    T.address_of(planes[slot, 1, 0]),
+                    words,
+                    T.if_then_else(info[2] == 0, 0, info[1]),
+                    form,
+                    T.address_of(page_table[seq, 0]),
+                    offset,
+                    T.address_of(scratch[0]),
+                    T.address_of(out[row, 0]),
+                )
+
+    return select

@@ -1,0 +1,36 @@
+"""Means of the pages that the tokens just stored have completed."""
+
+import tilelang.language as T
+
+SLOTS_PER_BLOCK = 8
+
+
+def get_update_pooled_keys_kernel(slot_type: str):
+    """Thread d of a block sums dimension d of a page, in float64 and in the order of the tokens."""
+    tokens, pages = T.dynamic("tokens"), T.dynamic("pages")
+
+    @T.prim_func
+    def update_pooled_keys(
+        keys: T.StridedTensor((pages, 64, 128), (8448, 128, 1), T.float8_e4m3fn),
+        scales: T.StridedTensor((pages, 64), (2112, 1), T.float32),
+        slots: T.Tensor((tokens,), slot_type),
+        pooled_keys: T.Tensor((pages, 128), T.bfloat16),
+    ):
+        with T.Kernel(T.ceildiv(tokens, SLOTS_PER_BLOCK), threads=128) as block:
+            total = T.alloc_var(T.float64)
+            page = T.alloc_var(T.int32)
+            d = T.get_thread_binding()
+            for i in T.serial(SLOTS_PER_BLOCK):
+                if block * SLOTS_PER_BLOCK + i < tokens:
+                    if slots[block * SLOTS_PER_BLOCK + i] % 64 == 63:
+                        page = T.cast(slots[block * SLOTS_PER_BLOCK + i] // 64, T.int32)
+                        total = T.float64(0)
+                        for t in T.unroll(64):
+                            total += T.cast(
+                                T.cast(keys[page, t, d], T.float32), T.float64
+                            ) * T.cast(scales[page, t], T.float64)
+                        pooled_keys[page, d] = T.cast(
+                            T.cast(total / T.float64(64), T.float32), T.bfloat16
+                        )
+
+    return update_pooled_keys

@@ -1,0 +1,181 @@
+"""Selection for extend batches: sample, threshold, score, select.
+
+The fp32 scores of rows x context are never written. A strided sample of the keys gives two thresholds a row that bracket
+its k-th score; scoring leaves two bits a token; selection scores what lies between the thresholds once more and is exact
+whatever the thresholds were.
+"""
+
+from typing import Optional
+
+import torch
+from sgl_kernel_misa.checks import PAGE_BYTES, PAGE_SIZE
+from sgl_kernel_misa.library import launch
+from sgl_kernel_misa.tensors import (
+    FORMS,
+    all_heads,
+    keys_and_scales,
+    no_offsets,
+    padded_heads,
+)
+
+# Rows are taken in chunks, so that the workspace does not grow with the batch. A constant: nothing may depend on how much
+# memory happens to be free.
+WORKSPACE_BYTES = 160 << 20
+SPAN = 1024  # tokens in 32 words of a bit plane
+SAMPLE_STRIDE = 16
+SMALL_CAPACITY, LARGE_CAPACITY = 3072, 6144  # candidates that `select` keeps on chip
+WAVE = 132 * 8  # blocks that keep the chip busy to the end
+
+
+def rows_per_tile(heads: int) -> int:
+    """Rows that a block of the scoring kernel takes, two warpgroups together."""
+    return 2 * max(4, 128 // heads)
+
+
+def select(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    heads: Optional[torch.Tensor],
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    max_context: Optional[int] = None,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> None:
+    """Write the selections of `ops.topk_prefill` to `out`, int32 [T, topk]."""
+    active = all_heads(q) if heads is None else heads
+    rows, topk = out.shape
+    batch, max_pages = page_table.shape
+    context = max_pages * PAGE_SIZE if max_context is None else max_context
+    spans = max(1, -(-context // SPAN))
+    words = spans * SPAN // 32
+    scoring = padded_heads(active.shape[1])
+    tile_rows = rows_per_tile(scoring)
+    keys, scales = keys_and_scales(index_k)
+    rows_of = dict(cu_rows=cu_rows, lengths=lengths)
+    queries = dict(
+        q=q,
+        weights=weights,
+        active=active,
+        rows=rows,
+        num_heads=q.shape[1],
+        active_heads=active.shape[1],
+    )
+    table = dict(page_table=page_table, batch=batch, table_stride=page_table.stride(0))
+
+    samples = index_k.new_empty(batch, spans, PAGE_BYTES)
+    launch(
+        "sample",
+        index_k=index_k,
+        out=samples,
+        **rows_of,
+        **table,
+        rows=rows,
+        pages=index_k.shape[0],
+        max_pages=max_pages,
+        sample_pages=spans,
+    )
+    sample_keys, sample_scales = keys_and_scales(samples.view(-1, PAGE_BYTES))
+
+    # Sequences begin new tiles, padding rows form one more sequence.
+    tiles = rows // tile_rows + batch + 1
+    slot_bytes = spans * PAGE_SIZE * 4 + 2 * words * 4
+    chunk = max(1, WORKSPACE_BYTES // (slot_bytes * tile_rows))
+    chunk = min(chunk, tiles)
+    slots = chunk * tile_rows
+    sampled = weights.new_empty(slots, spans * PAGE_SIZE)
+    thresholds = weights.new_empty(slots, 2)
+    planes = lengths.new_empty(slots, 2, words)
+
+    splits = min(spans, max(1, WAVE // chunk), 1 << 15)
+    split_pages = -(-spans // splits) * (SPAN // PAGE_SIZE)
+    splits = -(-spans * (SPAN // PAGE_SIZE) // split_pages)
+    sample_splits = min(spans, max(1, WAVE // (2 * chunk)))
+    sample_split = -(-spans // sample_splits)
+    capacity = SMALL_CAPACITY if topk <= 4096 else LARGE_CAPACITY
+    for first in range(0, tiles, chunk):
+        count = min(chunk, tiles - first)
+        launch(
+            f"score_samples_{scoring}",
+            **queries,
+            **rows_of,
+            **table,
+            keys=sample_keys,
+            scales=sample_scales,
+            pages=batch * spans,
+            max_pages=spans,
+            thresholds=thresholds,
+            out=sampled,
+            slots=slots,
+            width=spans * PAGE_SIZE,
+            first_tile=first,
+            tiles=count,
+            splits=-(-spans // sample_split),
+            split_pages=sample_split,
+            topk=topk,
+            init_tokens=0,
+            local_tokens=0,
+        )
+        launch(
+            "threshold",
+            samples=sampled,
+            **rows_of,
+            out=thresholds,
+            batch=batch,
+            first_tile=first,
+            tile_rows=tile_rows,
+            topk=topk,
+            rows=rows,
+            bounds=batch + 1,
+            slots=count * tile_rows,
+            width=spans * PAGE_SIZE,
+        )
+        launch(
+            f"score_planes_{scoring}",
+            **queries,
+            **rows_of,
+            **table,
+            keys=keys,
+            scales=scales,
+            pages=index_k.shape[0],
+            max_pages=max_pages,
+            thresholds=thresholds,
+            out=planes,
+            slots=slots,
+            width=words,
+            first_tile=first,
+            tiles=count,
+            splits=splits,
+            split_pages=split_pages,
+            topk=topk,
+            init_tokens=init_tokens,
+            local_tokens=local_tokens,
+        )
+        launch(
+            f"select_{scoring}_{capacity}",
+            **queries,
+            **rows_of,
+            **table,
+            keys=keys,
+            scales=scales,
+            pages=index_k.shape[0],
+            max_pages=max_pages,
+            thresholds=thresholds,
+            planes=planes,
+            offsets=no_offsets(lengths) if offsets is None else offsets,
+            out=out,
+            first_tile=first,
+            tile_rows=tile_rows,
+            init_tokens=init_tokens,
+            local_tokens=local_tokens,
+            form=FORMS[output],
+            slots=count * tile_rows,
+            width=words,
+            topk=topk,
+        )
