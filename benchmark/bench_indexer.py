@@ -43,7 +43,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--block-size", type=int, default=1024, help="tokens of a pooled block")
     add("--rerank-candidates", type=int, default=8192, help="misa-hierarchical's m")
     add("--iterations", type=int, default=30, help="timed rounds")
-    add("--tolerance", type=float, default=1e-5, help="ties, relative to the top score")
+    add("--tolerance", type=float, default=5e-4, help="ties, relative to the top score")
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="5 rounds, fewer rows checked")
     add("--list", action="store_true", help="name the cases and stop")

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-inputs=(scripts/setup.sh pyproject.toml sgl-kernel-misa/pyproject.toml test/requirements.txt test/cpu_engine/pyproject.toml test/cpu_engine/requirements.txt)
+inputs=(scripts/setup.sh pyproject.toml sgl-kernel-misa/pyproject.toml sgl-kernel-misa/build-requirements.txt test/requirements.txt test/cpu_engine/pyproject.toml test/cpu_engine/requirements.txt)
 stamp=.venv/.installed-$(cat "${inputs[@]}" | sha256sum | cut -c1-16)
 [ -e "$stamp" ] && exit 0
 
@@ -18,6 +18,9 @@ if command -v nvidia-smi >/dev/null; then
 else
   pip install torch==2.13.0
   pip install --no-deps -r test/cpu_engine/requirements.txt
+  pip install --no-deps -r sgl-kernel-misa/build-requirements.txt
+  # The kernels are compiled here too, for the tests of their package; only a GPU runs them.
+  pip install --no-build-isolation --no-deps -e ./sgl-kernel-misa
   pip install --no-deps -e . -e test/cpu_engine
 fi
 pip install -r test/requirements.txt

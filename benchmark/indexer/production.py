@@ -147,6 +147,7 @@ class Paged:
 
         case = step.case
         self.step, self.layers, self.topk = step, layers, topk
+        self.kept = []
         self.backend = DSATopKBackend.SGL_KERNEL
         if not self.backend.should_use_topk_v2():
             raise RuntimeError("SGLANG_OPT_USE_TOPK_V2 is off: not SGLang's default")
@@ -191,10 +192,15 @@ class Paged:
             page_table.shape[1] * PAGE_SIZE,
         )
         if self.native:
-            return self.logits_native(
+            logits = self.logits_native(
                 *arguments, q_offset=case.rows, B=case.batch, next_n=case.rows_per_seq
             )
-        return self.logits_split(*arguments, q_offset=case.rows)
+        else:
+            logits = self.logits_split(*arguments, q_offset=case.rows)
+        # These kernels are launched programmatically: the logits of the next layer may be written before the top-k of
+        # this one has ended. In a server other kernels lie between them; here they need memory of their own.
+        self.kept.append(logits)
+        return logits
 
     def select(self, logits: torch.Tensor) -> torch.Tensor:
         return self.backend.topk_transform(

@@ -49,80 +49,88 @@ __device__ __forceinline__ void clear_bins(int* bins, int count = kBins) {
   for (int i = threadIdx.x; i < count; i += THREADS) bins[i] = 0;
 }
 
-// The bin that holds the `need`-th largest entry of a histogram (need >= 1; the last bin if there are fewer).
+// The bin that holds the `need`-th largest entry of a histogram, 16-byte aligned (need >= 1; the lowest entry if there are
+// fewer).
 // result[0] = bin, result[1] = entries in bins above it, result[2] = entries in it. Ends with a barrier.
 template <int THREADS>
 __device__ __forceinline__ void find_bin(const int* bins, int need, int* scratch, int* result) {
   constexpr int kPer = kBins / THREADS;
-  const int first = kBins - 1 - threadIdx.x * kPer;  // bins in descending order
-  int sum = 0;
+  static_assert(kPer % 4 == 0, "a thread reads its bins four at a time");
+  const int first = kBins - kPer * (threadIdx.x + 1);  // threads take the bins in descending order
+  int count[kPer], sum = 0;
 #pragma unroll
-  for (int i = 0; i < kPer; ++i) sum += bins[first - i];
+  for (int i = 0; i < kPer; i += 4) *reinterpret_cast<int4*>(count + i) = *reinterpret_cast<const int4*>(bins + first + i);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) sum += count[i];
   int total;
   int above = block_exclusive_scan<THREADS>(sum, scratch, total);
-  if (above < need && (above + sum >= need || threadIdx.x == THREADS - 1)) {
-    int bin = first;
-    while (above + bins[bin] < need && bin > first - kPer + 1) above += bins[bin--];
-    result[0] = bin;
-    result[1] = above;
-    result[2] = bins[bin];
+  need = min(need, total);
+#pragma unroll
+  for (int i = kPer - 1; i >= 0; --i) {
+    if (above < need && above + count[i] >= need) {  // of all bins, one
+      result[0] = first + i;
+      result[1] = above;
+      result[2] = count[i];
+    }
+    above += count[i];
   }
   __syncthreads();
 }
 
-// Entries are ordered by score, then by lower position: a 54-bit key, taken in digits of 11, 11, 10, 11 and 11 bits.
+// Entries are ordered by score, then by lower position: keys of up to 54 bits. They are looked at 11 bits at a time, from
+// the top, so five digits settle any selection.
+constexpr int kDigits = 5;
+constexpr int kPositionBits = 22;
+
 __device__ __forceinline__ unsigned long long entry_key(unsigned score, int position) {
-  return (unsigned long long)score << 22 | (0x3fffffu - (unsigned)position);
+  return (unsigned long long)score << kPositionBits | (0x3fffffu - (unsigned)position);
 }
 
-__device__ __forceinline__ int digit_shift(int digit) {
-  return digit < 2 ? 43 - 11 * digit : digit == 2 ? 22 : digit == 3 ? 11 : 0;
-}
-
-// Selects the `need` largest keys, a digit at a time. Entry e is among them if key(e) >> shift >= prefix.
+// Selects the `need` largest keys. Entry e is among them if key(e) >> shift >= prefix.
 struct RadixState {
-  unsigned long long prefix;  // of the need-th largest key, its digits found so far
+  unsigned long long prefix;  // of the need-th largest key, its bits found so far
   int shift;                  // bits not yet looked at
   int need;                   // entries still to be found among those that share the prefix
   int done;
+  unsigned base;  // subtracted from every score
 };
-constexpr int kRadixStateInts = sizeof(RadixState) / sizeof(int) + 1;
+constexpr int kRadixStateInts = sizeof(RadixState) / sizeof(int);
 
 // `state` is kRadixStateInts ints of shared memory, 8-byte aligned.
 __device__ __forceinline__ RadixState* radix_state(int* state) { return reinterpret_cast<RadixState*>(state); }
 
-__device__ __forceinline__ void radix_begin(int* state, int need) {
-  if (threadIdx.x == 0) *radix_state(state) = {0ull, 54, need, need <= 0};
+// Scores, as ordered keys, are known to lie in base .. top.
+__device__ __forceinline__ void radix_begin(int* state, int need, unsigned base = 0, unsigned top = 0xffffffffu) {
+  const int bits = top == base ? 0 : 32 - __clz(top - base);
+  if (threadIdx.x == 0) *radix_state(state) = {0ull, kPositionBits + bits, need, need <= 0, base};
 }
 
-__device__ __forceinline__ bool radix_selected(const RadixState* state, unsigned long long key) {
-  return state->need > 0 && (key >> state->shift) >= state->prefix;
+__device__ __forceinline__ int next_shift(int shift) { return max(shift - 11, 0); }
+
+__device__ __forceinline__ bool radix_selected(const RadixState* state, unsigned score, int position) {
+  return state->need > 0 && entry_key(score - state->base, position) >> state->shift >= state->prefix;
 }
 
-__device__ __forceinline__ void radix_count(const RadixState* state, int digit, unsigned long long key, int* bins) {
-  const int shift = digit_shift(digit);
-  if ((key >> state->shift) == state->prefix) atomicAdd(&bins[(key >> shift) & ((1u << (state->shift - shift)) - 1)], 1);
+__device__ __forceinline__ void radix_count(const RadixState* state, unsigned score, int position, int* bins) {
+  const unsigned long long key = entry_key(score - state->base, position);
+  const int shift = next_shift(state->shift);
+  if (key >> state->shift == state->prefix) atomicAdd(&bins[key >> shift & ((1u << (state->shift - shift)) - 1)], 1);
 }
 
 // After all entries were counted. Ends with a barrier.
 template <int THREADS>
-__device__ __forceinline__ void radix_advance(int* state_, int digit, const int* bins, int* scratch) {
+__device__ __forceinline__ void radix_advance(int* state_, const int* bins, int* scratch) {
   RadixState* state = radix_state(state_);
   __syncthreads();
   find_bin<THREADS>(bins, state->need, scratch, scratch + 32);
   if (threadIdx.x == 0) {
-    const int shift = digit_shift(digit);
+    const int shift = next_shift(state->shift);
     state->prefix = state->prefix << (state->shift - shift) | (unsigned)scratch[32];
     state->shift = shift;
     state->need -= scratch[33];
     state->done = state->need == scratch[34];  // all that share the prefix are selected
   }
   __syncthreads();
-}
-
-// Continues from a histogram of the first digits: `need` entries are to be selected among the `count` whose digit is `bin`.
-__device__ __forceinline__ void radix_begin_in_bin(int* state, int bin, int need, int count) {
-  if (threadIdx.x == 0) *radix_state(state) = {(unsigned long long)bin, 43, need, need == count};
 }
 
 // Writes one selected position in the form asked for: 0 position, 1 slot of the cache, 2 offset into ragged keys.

@@ -49,15 +49,17 @@ __device__ __forceinline__ unsigned plane_visible(int word, int length) {
 // The 32 words of one span, one a lane, as 32 words in the order of the positions, one a lane.
 __device__ __forceinline__ unsigned natural_order(unsigned word) {
   const int lane = threadIdx.x & 31;
-  unsigned mine = 0;
+  // Transpose: lane page * 2 + rr gets the bits of row rr * 8 + r of warp w, at w * 8 + r.
+  unsigned low = 0x0000ffffu;
 #pragma unroll
-  for (int page = 0; page < 16; ++page) {
-    const unsigned even = __ballot_sync(0xffffffffu, word >> (2 * page) & 1);
-    const unsigned odd = __ballot_sync(0xffffffffu, word >> (2 * page + 1) & 1);
-    const unsigned half = __byte_perm(even, odd, lane & 1 ? 0x7362 : 0x5140);
-    if (lane >> 1 == page) mine = half;
+  for (int step = 16; step; step /= 2) {
+    const unsigned other = __shfl_xor_sync(0xffffffffu, word, step);
+    word = lane & step ? (word & ~low) | (other & ~low) >> step : (word & low) | (other & low) << step;
+    low ^= low << step / 2;
   }
-  return mine;
+  // Then the rows of each warp, 8 and 8: words 2 * page (warps 0 and 1) and 2 * page + 1.
+  const unsigned other = __shfl_xor_sync(0xffffffffu, word, 1);
+  return lane & 1 ? __byte_perm(other, word, 0x7362) : __byte_perm(word, other, 0x5140);
 }
 
 }  // namespace misa

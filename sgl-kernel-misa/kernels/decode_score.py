@@ -1,4 +1,4 @@
-"""Scores of up to four rows a sequence against all its keys, and a histogram of every row's scores.
+"""Scores of up to four rows a sequence against all its keys.
 
 The keys are read once for all rows of a sequence. Each block takes an equal share of its sequence's pages, whatever the
 length is, so that one long sequence fills the chip.
@@ -7,14 +7,14 @@ length is, so that one long sequence fills the chip.
 import tilelang.language as T
 
 PAGE_BYTES = 8448
-STAGES = 6
+STAGES = 8
 MAX_ROWS = 4
 
 
 def get_decode_score_kernel(heads: int):
     """A producer warpgroup streams pages as in `score`; one consumer warpgroup scores them for four rows."""
     columns = MAX_ROWS * heads
-    rows, num_heads, pages, batch, max_pages, active_heads, stride, width, entries = (
+    rows, num_heads, pages, batch, max_pages, active_heads, stride, width = (
         T.dynamic(name)
         for name in (
             "rows",
@@ -25,7 +25,6 @@ def get_decode_score_kernel(heads: int):
             "active_heads",
             "table_stride",
             "width",
-            "entries",
         )
     )
 
@@ -39,7 +38,6 @@ def get_decode_score_kernel(heads: int):
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         scores: T.Tensor((rows, width), T.float32),
-        bins: T.Tensor((rows, entries), T.int32),
         rows_per_seq: T.int32,
         splits: T.int32,
         topk: T.int32,
@@ -51,9 +49,8 @@ def get_decode_score_kernel(heads: int):
             q_shared = T.alloc_shared((columns, 128), T.float8_e4m3fn)
             k_shared = T.alloc_shared((STAGES, 64, 128), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, 64), T.float32)
-            counts = T.alloc_shared((MAX_ROWS, 2048), T.int32)
-            full = T.alloc_barrier([128] * STAGES)
-            empty = T.alloc_barrier([128] * STAGES)
+            full = T.alloc_barrier([32] * STAGES)
+            empty = T.alloc_barrier([4] * STAGES)
             acc = T.alloc_fragment((64, columns), T.float32)
             gate = T.alloc_local((heads,), T.float32)
             scale = T.alloc_local((2,), T.float32)
@@ -74,22 +71,11 @@ def get_decode_score_kernel(heads: int):
             p0 = T.truncdiv(num_pages * split, splits)
             num_pages = T.truncdiv(num_pages * (split + 1), splits) - p0
             if longest > topk and num_pages > 0:
-                for i in T.serial(T.ceildiv(columns * 8, 256)):
-                    c = (i * 256 + tx) // 8
-                    d = (i * 256 + tx) % 8 * 16
-                    j = c // 8 * 2 + c % 2
-                    r = seq * rows_per_seq + T.min(c % 8 // 2, rows_per_seq - 1)
-                    if c < columns:
-                        head = active[r, T.min(j, active_heads - 1)]
-                        for v in T.vectorized(16):
-                            q_shared[c, d + v] = q[r, head, d + v]
-                for r in T.serial(rows_per_seq):
-                    for i in T.serial(8):
-                        counts[r, i * 256 + tx] = 0
-                T.fence_proxy_async()
-                T.sync_threads()
                 with T.ws(1):
-                    for i in T.serial(num_pages):
+                    # Every key is read once: the cache is better used for what is read again.
+                    for i in T.serial(
+                        T.if_then_else(tx < 160, num_pages, 0)
+                    ):  # one warp
                         page = page_table[seq, p0 + i]
                         T.mbarrier_wait_parity(
                             empty[i % STAGES], ((i // STAGES) % 2) ^ 1
@@ -98,14 +84,29 @@ def get_decode_score_kernel(heads: int):
                             keys[page, 0:64, 0:128],
                             k_shared[i % STAGES, :, :],
                             barrier=full[i % STAGES],
+                            leader_scope_threads=32,
+                            eviction_policy="evict_first",
                         )
                         T.tma_copy(
                             scales[page, 0:64],
                             s_shared[i % STAGES, :],
                             barrier=full[i % STAGES],
+                            leader_scope_threads=32,
+                            eviction_policy="evict_first",
                         )
                         T.mbarrier_arrive(full[i % STAGES])
                 with T.ws(0):
+                    for i in T.unroll(columns * 8 // 128):
+                        c = (i * 128 + tx) // 8
+                        d = (i * 128 + tx) % 8 * 16
+                        j = c // 8 * 2 + c % 2
+                        r = seq * rows_per_seq + T.min(c % 8 // 2, rows_per_seq - 1)
+                        if c < columns:
+                            head = active[r, T.min(j, active_heads - 1)]
+                            for v in T.vectorized(16):
+                                q_shared[c, d + v] = q[r, head, d + v]
+                    T.fence_proxy_async()
+                    T.sync_threads(1, 128)
                     # Lanes without a row of their own score one that is there and store nothing.
                     length = 0
                     if lane % 4 < rows_per_seq:
@@ -125,7 +126,9 @@ def get_decode_score_kernel(heads: int):
                         )
                         scale[0] = s_shared[i % STAGES, token]
                         scale[1] = s_shared[i % STAGES, token + 8]
-                        T.mbarrier_arrive(empty[i % STAGES])
+                        T.sync_warp()
+                        if lane == 0:
+                            T.mbarrier_arrive(empty[i % STAGES])
                         T.call_extern(
                             "handle",
                             f"misa::sum_heads<{heads}, 1>",
@@ -143,15 +146,6 @@ def get_decode_score_kernel(heads: int):
                             init_tokens,
                             local_tokens,
                             T.address_of(scores[row, 0]),
-                            T.address_of(counts[T.min(lane % 4, rows_per_seq - 1), 0]),
                         )
-                T.sync_threads()
-                for r in T.serial(rows_per_seq):
-                    T.call_extern(
-                        "handle",
-                        "misa::flush_bins<256>",
-                        T.address_of(counts[r, 0]),
-                        T.address_of(bins[seq * rows_per_seq + r, 0]),
-                    )
 
     return decode_score

@@ -2,6 +2,8 @@
 
 import tilelang.language as T
 
+GROUP = 16  # pages whose loads are under way at once
+
 
 def get_pool_blocks_kernel():
     """Thread d of a block averages dimension d of one pooled block, in float64."""
@@ -20,6 +22,7 @@ def get_pool_blocks_kernel():
         block_pages: T.int32,
     ):
         with T.Kernel(blocks, batch, threads=128) as (block, seq):
+            means = T.alloc_local((GROUP,), T.float32)
             total = T.alloc_var(T.float64)
             length = T.alloc_var(T.int32)
             d = T.get_thread_binding()
@@ -28,14 +31,17 @@ def get_pool_blocks_kernel():
                 length = lengths[cu_rows[seq + 1] - 1]
             if (block + 1) * block_pages * 64 <= length:
                 total = T.float64(0)
-                for i in T.serial(block_pages):
-                    total += T.cast(
-                        T.cast(
-                            pooled_keys[page_table[seq, block * block_pages + i], d],
+                for first in T.serial(T.ceildiv(block_pages, GROUP)):
+                    for i in T.unroll(GROUP):
+                        # Past the last page that page again, and nothing of it: no load waits for a condition.
+                        page = T.min(first * GROUP + i, block_pages - 1)
+                        means[i] = T.cast(
+                            pooled_keys[page_table[seq, block * block_pages + page], d],
                             T.float32,
-                        ),
-                        T.float64,
-                    )
+                        )
+                    for i in T.unroll(GROUP):
+                        if first * GROUP + i < block_pages:
+                            total += T.cast(means[i], T.float64)
                 out[seq, block, d] = T.cast(
                     T.cast(total / T.cast(block_pages, T.float64), T.float32),
                     T.bfloat16,

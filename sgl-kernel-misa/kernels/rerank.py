@@ -4,6 +4,7 @@ import tilelang.language as T
 
 THREADS = 256
 TILE = 128
+STAGES = 3  # tiles on the chip: one is scored while two are gathered
 PAGE_BYTES = 8448
 
 
@@ -29,19 +30,18 @@ def get_rerank_kernel(num_heads: int, capacity: int):
     )
 
     @T.macro
-    def gather_keys(
-        keys, scales, page_table, candidates, row, seq, first, count, k_shared, s_shared
-    ):
-        tx = T.get_thread_binding()
-        for i in T.unroll(TILE * 8 // THREADS):
-            key = i * (THREADS // 8) + tx // 8
-            d = tx % 8 * 16
-            position = candidates[row, T.min(first + key, count - 1)]
-            page = page_table[seq, position // 64]
-            for v in T.vectorized(16):
-                k_shared[key, d + v] = keys[page, position % 64, d + v]
-            if tx % 8 == 0:
-                s_shared[key] = scales[page, position % 64]
+    def gather_keys(keys, scales, slots, tile, count, k_shared, s_shared):
+        T.call_extern(
+            "handle",
+            f"misa::gather_keys<{THREADS}, {TILE}>",
+            keys.data,
+            scales.data,
+            T.address_of(slots[0]),
+            tile * TILE,
+            count,
+            T.address_of(k_shared[tile % STAGES, 0, 0]),
+            T.address_of(s_shared[tile % STAGES, 0]),
+        )
 
     @T.prim_func
     def rerank(
@@ -60,12 +60,14 @@ def get_rerank_kernel(num_heads: int, capacity: int):
         form: T.int32,
     ):
         with T.Kernel(rows, threads=THREADS) as row:
-            T.import_source('#include "score.cuh"\n#include "rerank.cuh"\n')
+            T.import_source(
+                '#include "gather.cuh"\n#include "score.cuh"\n#include "rerank.cuh"\n'
+            )
             scores = T.alloc_shared((capacity,), T.uint32)
             bins = T.alloc_shared((2048,), T.int32)
             q_shared = T.alloc_shared((num_heads, 128), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((TILE, 128), T.float8_e4m3fn)
-            s_shared = T.alloc_shared((TILE,), T.float32)
+            k_shared = T.alloc_shared((STAGES, TILE, 128), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((STAGES, TILE), T.float32)
             scratch = T.alloc_shared((64,), T.int32)
             state = T.alloc_shared((8,), T.int32)
             acc = T.alloc_fragment((TILE, num_heads), T.float32)
@@ -101,26 +103,36 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                         q_shared[i * (THREADS // 8) + tx // 8, tx % 8 * 16 + v] = q[
                             row, i * (THREADS // 8) + tx // 8, tx % 8 * 16 + v
                         ]
+                T.fence_proxy_async()
                 for i in T.unroll(num_heads // 8):
                     for b in T.unroll(2):
                         gate[i * 2 + b] = weights[row, i * 8 + tx % 4 * 2 + b]
-                for first in T.serial(T.ceildiv(count, TILE)):
+                # An entry is a slot until its key is gathered, then a score.
+                T.call_extern(
+                    "handle",
+                    f"misa::list_slots<{THREADS}>",
+                    T.address_of(candidates[row, 0]),
+                    count,
+                    T.address_of(page_table[seq, 0]),
+                    T.address_of(scores[0]),
+                )
+                T.sync_threads()
+                for tile in T.unroll(STAGES - 1):
+                    gather_keys(keys, scales, scores, tile, count, k_shared, s_shared)
+                for tile in T.serial(T.ceildiv(count, TILE)):
                     gather_keys(
                         keys,
                         scales,
-                        page_table,
-                        candidates,
-                        row,
-                        seq,
-                        first * TILE,
+                        scores,
+                        tile + STAGES - 1,
                         count,
                         k_shared,
                         s_shared,
                     )
-                    T.fence_proxy_async()
+                    T.call_extern("handle", f"misa::wait_gathered<{STAGES - 1}>")
                     T.sync_threads()
                     T.gemm(
-                        k_shared,
+                        k_shared[tile % STAGES, :, :],
                         q_shared,
                         acc,
                         transpose_B=True,
@@ -128,7 +140,7 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                         policy=T.GemmWarpPolicy.FullRow,
                     )
                     for rr in T.unroll(2):
-                        scale[rr] = s_shared[entry + rr * 8]
+                        scale[rr] = s_shared[tile % STAGES, entry + rr * 8]
                     T.call_extern(
                         "handle",
                         f"misa::sum_heads_of_quad<{num_heads}>",
@@ -138,14 +150,16 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                         score.data,
                     )
                     for rr in T.unroll(2):
-                        if tx % 4 == 0 and first * TILE + entry + rr * 8 < count:
-                            position = candidates[row, first * TILE + entry + rr * 8]
-                            if (
-                                position < init_tokens
-                                or position >= lengths[row] - local_tokens
-                            ):
-                                score[rr] = T.infinity(T.float32)
-                            scores[first * TILE + entry + rr * 8] = T.call_extern(
+                        if tx % 4 == 0 and tile * TILE + entry + rr * 8 < count:
+                            # Without forced tokens, nobody waits for a position here.
+                            if init_tokens + local_tokens > 0:
+                                position = candidates[row, tile * TILE + entry + rr * 8]
+                                if (
+                                    position < init_tokens
+                                    or position >= lengths[row] - local_tokens
+                                ):
+                                    score[rr] = T.infinity(T.float32)
+                            scores[tile * TILE + entry + rr * 8] = T.call_extern(
                                 "uint32", "misa::ordered", score[rr]
                             )
                     T.sync_threads()

@@ -81,16 +81,18 @@ def get_route_kernel(num_heads: int):
                 T.sync_threads()
                 if partial > 0 and full // BLOCKS == first:
                     total = T.float64(0)
-                    for i in T.serial(partial):
-                        total += T.cast(
-                            T.cast(
+                    for group in T.serial(T.ceildiv(partial, 16)):
+                        # Loads without a condition: all of a group are under way together.
+                        for i in T.unroll(16):
+                            page = T.min(group * 16 + i, partial - 1)
+                            mean = T.cast(
                                 pooled_keys[
-                                    page_table[seq, full * block_pages + i], tx
+                                    page_table[seq, full * block_pages + page], tx
                                 ],
                                 T.float32,
-                            ),
-                            T.float64,
-                        )
+                            )
+                            if group * 16 + i < partial:
+                                total += T.cast(mean, T.float64)
                     k_shared[full % BLOCKS, tx] = T.cast(
                         T.cast(total / T.cast(partial, T.float64), T.float32),
                         T.bfloat16,

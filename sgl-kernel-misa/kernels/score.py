@@ -1,7 +1,8 @@
 """Scores every visible token of a sequence for a tile of its rows; what becomes of a score is the kernel's mode.
 
-One CTA takes a tile of rows of one sequence and a range of its pages. A producer warpgroup streams the pages from the
-paged cache with TMA, one page (64 keys and their scales) a stage. Two consumer warpgroups each hold the queries of half of
+One CTA takes a tile of rows of one sequence and a range of its pages. A producer warp streams the pages from the paged
+cache with TMA, one page (64 keys and their scales) a stage. A barrier is entered by as few threads as can be: each of them
+takes its turn. Two consumer warpgroups each hold the queries of half of
 the rows and multiply K on the M side with (query, head) pairs on the N side: see `score.cuh` for the order of the columns.
 """
 
@@ -29,6 +30,7 @@ def get_score_kernel(heads: int, mode: str):
     groups = group_rows // 4
     columns = group_rows * heads
     planes = mode == "planes"
+    pipelined = heads < 64  # else two accumulators do not fit in the registers
     rows, num_heads, pages, batch, max_pages, active_heads, stride, width, slots = (
         T.dynamic(name)
         for name in (
@@ -43,6 +45,92 @@ def get_score_kernel(heads: int, mode: str):
             "slots",
         )
     )
+
+    @T.macro
+    def multiply(k_shared, q_shared, acc, full, page):
+        T.mbarrier_wait_parity(full[page % STAGES], (page // STAGES) % 2)
+        T.wgmma_gemm(
+            k_shared[page % STAGES, :, :],
+            q_shared,
+            acc,
+            transpose_B=True,
+            clear_accum=True,
+            policy=T.GemmWarpPolicy.FullCol,
+        )
+
+    @T.macro
+    def sum_heads(acc, gate, s_shared, empty, page, scores):
+        tx = T.get_thread_binding()
+        token = tx % 128 // 32 * 16 + tx % 32 // 4
+        scale = T.alloc_local((2,), T.float32)
+        for rr in T.unroll(2):
+            scale[rr] = s_shared[page % STAGES, token + rr * 8]
+        T.sync_warp()
+        if tx % 32 == 0:
+            T.mbarrier_arrive(empty[page % STAGES])
+        T.warpgroup_fence_operand(acc.data, 0, columns // 2, "float32")
+        T.call_extern(
+            "handle",
+            f"misa::sum_heads<{heads}, {groups}>",
+            acc.data,
+            gate.data,
+            scale.data,
+            scores.data,
+        )
+
+    @T.macro
+    def finish(
+        scores,
+        length,
+        shortest,
+        high,
+        low,
+        words,
+        slot,
+        p0,
+        page,
+        num_pages,
+        init_tokens,
+        local_tokens,
+        out,
+    ):
+        """Stores a page's scores, or adds its bits to the lane's words and stores these after every 16th page."""
+        tx = T.get_thread_binding()
+        token = (p0 + page) * 64 + tx % 128 // 32 * 16 + tx % 32 // 4
+        if planes:
+            if (p0 + page) * 64 < init_tokens or (
+                p0 + page + 1
+            ) * 64 > shortest - local_tokens:
+                T.call_extern(
+                    "handle",
+                    f"misa::mask_page<{groups}>",
+                    scores.data,
+                    length.data,
+                    token,
+                    init_tokens,
+                    local_tokens,
+                )
+            T.call_extern(
+                "handle",
+                f"misa::mark_page<{groups}>",
+                scores.data,
+                high.data,
+                low.data,
+                T.uint32(1) << T.cast(page % 16 * 2, T.uint32),
+                words.data,
+            )
+            if page % 16 == 15 or page == num_pages - 1 + num_pages % 2:
+                word = (p0 + page) // 16 * 32 + tx % 128 // 32 * 8 + tx % 32 // 4
+                for g in T.unroll(groups):
+                    for plane in T.unroll(2):
+                        out[slot + g * 4, plane, word] = words[plane * groups + g]
+                        words[plane * groups + g] = T.uint32(0)
+        elif page < num_pages:
+            for g in T.unroll(groups):
+                for rr in T.unroll(2):
+                    out[slot + g * 4, 0, token + rr * 8] = T.reinterpret(
+                        scores[g * 2 + rr], T.uint32
+                    )
 
     @T.prim_func
     def score(
@@ -69,38 +157,31 @@ def get_score_kernel(heads: int, mode: str):
             q_shared = T.alloc_shared((2 * columns, 128), T.float8_e4m3fn)
             k_shared = T.alloc_shared((STAGES, 64, 128), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, 64), T.float32)
-            full = T.alloc_barrier([128] * STAGES)
-            empty = T.alloc_barrier([256] * STAGES)
+            full = T.alloc_barrier([32] * STAGES)
+            empty = T.alloc_barrier([8] * STAGES)
             acc = T.alloc_fragment((64, 2 * columns), T.float32)
+            next_acc = T.alloc_fragment((64, 2 * columns), T.float32)
             gate = T.alloc_local((groups * heads,), T.float32)
-            scale = T.alloc_local((2,), T.float32)
-            score_ = T.alloc_local((groups * 2,), T.float32)
+            scores = T.alloc_local((groups * 2,), T.float32)
             length = T.alloc_local((groups,), T.int32)
             high = T.alloc_local((groups,), T.float32)
             low = T.alloc_local((groups,), T.float32)
-            above = T.alloc_local((groups,), T.uint32)
-            within = T.alloc_local((groups,), T.uint32)
+            words = T.alloc_local((2 * groups,), T.uint32)
             shortest = T.alloc_var(T.int32)
             row0 = T.alloc_var(T.int32)
             row1 = T.alloc_var(T.int32)
             p0 = T.alloc_var(T.int32)
             num_pages = T.alloc_var(T.int32)
+            pairs = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
-            lane = tx % 32
             group = tx // 128
-            token = tx % 128 // 32 * 16 + lane // 4
 
             tile = first_tile + bx
             seq = T.call_extern(
                 "int32", "misa::sequence_of_tile", cu_rows.data, batch, tile, tile_rows
             )
             row0 = T.call_extern(
-                "int32",
-                "misa::first_row_of_tile",
-                cu_rows.data,
-                seq,
-                tile,
-                tile_rows,
+                "int32", "misa::first_row_of_tile", cu_rows.data, seq, tile, tile_rows
             )
             if seq < batch and row0 < cu_rows[T.min(seq + 1, batch)]:
                 row1 = T.min(cu_rows[seq + 1], row0 + tile_rows)
@@ -110,29 +191,20 @@ def get_score_kernel(heads: int, mode: str):
                     num_pages = (num_pages + 15) // 16
                 p0 = by * split_pages
                 num_pages = T.min(num_pages - p0, split_pages)
+                pairs = (
+                    num_pages + 1
+                ) // 2  # the last page may come twice, to make a pair
                 if num_pages > 0 and lengths[row1 - 1] > topk:
-                    # Queries, 16 bytes a thread.
-                    for i in T.serial(T.ceildiv(2 * columns * 8, 384)):
-                        c = (i * 384 + tx) // 8
-                        d = (i * 384 + tx) % 8 * 16
-                        if c < 2 * columns:
-                            j = c % (4 * heads) // 8 * 2 + c % 2
-                            row = T.min(
-                                row0 + c // (4 * heads) * 4 + c % 8 // 2, row1 - 1
-                            )
-                            head = active[row, T.min(j, active_heads - 1)]
-                            for v in T.vectorized(16):
-                                q_shared[c, d + v] = q[row, head, d + v]
-                    T.fence_proxy_async()
-                    T.sync_threads()
                     with T.ws(2):
-                        if heads == 64:
-                            T.set_max_nreg(24, 0)
-                        for i in T.serial(num_pages):
+                        T.set_max_nreg(24, 0)
+                        for i in T.serial(
+                            T.if_then_else(tx < 288, pairs * 2, 0)
+                        ):  # one warp
+                            source = p0 + T.min(i, num_pages - 1)
                             page = T.if_then_else(
                                 planes,
-                                page_table[seq, p0 + i],
-                                seq * max_pages + p0 + i,
+                                page_table[seq, source],
+                                seq * max_pages + source,
                             )
                             T.mbarrier_wait_parity(
                                 empty[i % STAGES], ((i // STAGES) % 2) ^ 1
@@ -141,24 +213,35 @@ def get_score_kernel(heads: int, mode: str):
                                 keys[page, 0:64, 0:128],
                                 k_shared[i % STAGES, :, :],
                                 barrier=full[i % STAGES],
+                                leader_scope_threads=32,
                             )
                             T.tma_copy(
                                 scales[page, 0:64],
                                 s_shared[i % STAGES, :],
                                 barrier=full[i % STAGES],
+                                leader_scope_threads=32,
                             )
                             T.mbarrier_arrive(full[i % STAGES])
                     with T.ws(0, 1):
-                        if (
-                            heads == 64
-                        ):  # 128 accumulators and 64 gates do not fit in 168
-                            T.set_max_nreg(240, 1)
+                        T.set_max_nreg(240, 1)
+                        # Queries, 16 bytes a thread; the first pages are on their way meanwhile.
+                        for i in T.unroll(-(-2 * columns * 8 // 256)):
+                            c = (i * 256 + tx) // 8
+                            d = (i * 256 + tx) % 8 * 16
+                            if c < 2 * columns:
+                                j = c % (4 * heads) // 8 * 2 + c % 2
+                                row = T.min(
+                                    row0 + c // (4 * heads) * 4 + c % 8 // 2, row1 - 1
+                                )
+                                head = active[row, T.min(j, active_heads - 1)]
+                                for v in T.vectorized(16):
+                                    q_shared[c, d + v] = q[row, head, d + v]
+                        T.fence_proxy_async()
+                        T.sync_threads(1, 256)
+                        slot = bx * tile_rows + group * group_rows + tx % 4
                         shortest = 2147483647
                         for g in T.unroll(groups):
-                            slot = (
-                                bx * tile_rows + group * group_rows + g * 4 + lane % 4
-                            )
-                            row = row0 + group * group_rows + g * 4 + lane % 4
+                            row = row0 + group * group_rows + g * 4 + tx % 4
                             length[g] = T.if_then_else(
                                 row < row1, lengths[T.min(row, row1 - 1)], 0
                             )
@@ -170,86 +253,81 @@ def get_score_kernel(heads: int, mode: str):
                                         active[T.min(row, row1 - 1), j],
                                     ]
                             if planes:
-                                high[g] = thresholds[slot, 0]
-                                low[g] = thresholds[slot, 1]
+                                high[g] = thresholds[slot + g * 4, 0]
+                                low[g] = thresholds[slot + g * 4, 1]
                             shortest = T.min(shortest, length[g])
-                        for i in T.serial(num_pages):
-                            if planes:
-                                if i % 16 == 0:
-                                    for g in T.unroll(groups):
-                                        above[g] = T.uint32(0)
-                                        within[g] = T.uint32(0)
-                            T.mbarrier_wait_parity(full[i % STAGES], (i // STAGES) % 2)
-                            T.gemm(
-                                k_shared[i % STAGES, :, :],
-                                q_shared,
-                                acc,
-                                transpose_B=True,
-                                clear_accum=True,
-                                policy=T.GemmWarpPolicy.FullCol,
-                            )
-                            scale[0] = s_shared[i % STAGES, token]
-                            scale[1] = s_shared[i % STAGES, token + 8]
-                            T.mbarrier_arrive(empty[i % STAGES])
-                            T.call_extern(
-                                "handle",
-                                f"misa::sum_heads<{heads}, {groups}>",
-                                acc.data,
-                                gate.data,
-                                scale.data,
-                                score_.data,
-                            )
-                            if planes:
-                                first = (p0 + i) * 64
-                                if (
-                                    first < init_tokens
-                                    or first + 64 > shortest - local_tokens
-                                ):
-                                    T.call_extern(
-                                        "handle",
-                                        f"misa::mask_page<{groups}>",
-                                        score_.data,
-                                        length.data,
-                                        first + token,
-                                        init_tokens,
-                                        local_tokens,
-                                    )
-                                T.call_extern(
-                                    "handle",
-                                    f"misa::mark_page<{groups}>",
-                                    score_.data,
-                                    high.data,
-                                    low.data,
-                                    T.uint32(1) << T.cast(i % 16 * 2, T.uint32),
-                                    above.data,
-                                    within.data,
+                            for plane in T.unroll(2):
+                                words[plane * groups + g] = T.uint32(0)
+                        if pipelined:
+                            # The tensor cores multiply the second page of a pair while the scores of the first are
+                            # summed. No product is left in flight around the loop: the compiler would wait for each.
+                            for i in T.serial(pairs):
+                                multiply(k_shared, q_shared, acc, full, i * 2)
+                                multiply(k_shared, q_shared, next_acc, full, i * 2 + 1)
+                                T.warpgroup_wait(1)
+                                sum_heads(acc, gate, s_shared, empty, i * 2, scores)
+                                finish(
+                                    scores,
+                                    length,
+                                    shortest,
+                                    high,
+                                    low,
+                                    words,
+                                    slot,
+                                    p0,
+                                    i * 2,
+                                    num_pages,
+                                    init_tokens,
+                                    local_tokens,
+                                    out,
                                 )
-                                if i % 16 == 15 or i == num_pages - 1:
-                                    for g in T.unroll(groups):
-                                        slot = (
-                                            bx * tile_rows
-                                            + group * group_rows
-                                            + g * 4
-                                            + lane % 4
-                                        )
-                                        word = (
-                                            (p0 + i) // 16 * 32
-                                            + tx % 128 // 32 * 8
-                                            + lane // 4
-                                        )
-                                        out[slot, 0, word] = above[g]
-                                        out[slot, 1, word] = within[g]
-                            else:
-                                for g in T.unroll(groups):
-                                    for rr in T.unroll(2):
-                                        slot = (
-                                            bx * tile_rows
-                                            + group * group_rows
-                                            + g * 4
-                                            + lane % 4
-                                        )
-                                        out[slot, 0, (p0 + i) * 64 + token + rr * 8] = (
-                                            T.reinterpret(score_[g * 2 + rr], T.uint32)
-                                        )
+                                T.warpgroup_wait(0)
+                                sum_heads(
+                                    next_acc, gate, s_shared, empty, i * 2 + 1, scores
+                                )
+                                finish(
+                                    scores,
+                                    length,
+                                    shortest,
+                                    high,
+                                    low,
+                                    words,
+                                    slot,
+                                    p0,
+                                    i * 2 + 1,
+                                    num_pages,
+                                    init_tokens,
+                                    local_tokens,
+                                    out,
+                                )
+                        else:
+                            for i in T.serial(pairs * 2):
+                                T.mbarrier_wait_parity(
+                                    full[i % STAGES], (i // STAGES) % 2
+                                )
+                                T.gemm(
+                                    k_shared[i % STAGES, :, :],
+                                    q_shared,
+                                    acc,
+                                    transpose_B=True,
+                                    clear_accum=True,
+                                    policy=T.GemmWarpPolicy.FullCol,
+                                )
+                                sum_heads(acc, gate, s_shared, empty, i, scores)
+                                finish(
+                                    scores,
+                                    length,
+                                    shortest,
+                                    high,
+                                    low,
+                                    words,
+                                    slot,
+                                    p0,
+                                    i,
+                                    num_pages,
+                                    init_tokens,
+                                    local_tokens,
+                                    out,
+                                )
 
     return score

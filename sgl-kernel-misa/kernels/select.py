@@ -7,7 +7,8 @@ and selected by radix. Few enough candidates are kept in shared memory; more tha
 
 import tilelang.language as T
 
-THREADS = 128
+THREADS = 256
+TILE = 128  # candidates scored at a time, 64 a warpgroup
 PAGE_BYTES = 8448
 
 
@@ -21,8 +22,6 @@ def get_select_kernel(heads: int, capacity: int):
     columns = (
         4 * heads
     )  # the row's heads in the columns of lanes 0, 4, 8, ...; the others are zero
-    tile = 128 if heads <= 16 else 64  # candidates scored at a time
-    halves = tile // 64
     (
         rows,
         num_heads,
@@ -70,19 +69,18 @@ def get_select_kernel(heads: int, capacity: int):
                 gate[j] = weights[row, active[row, j]]
 
     @T.macro
-    def gather_keys(
-        keys, scales, page_table, seq, positions, first, count, k_shared, s_shared
-    ):
-        tx = T.get_thread_binding()
-        for i in T.unroll(tile // 16):
-            key = i * 16 + tx // 8
-            d = tx % 8 * 16
-            position = positions[T.min(first + key, count - 1)]
-            page = page_table[seq, position // 64]
-            for v in T.vectorized(16):
-                k_shared[key, d + v] = keys[page, position % 64, d + v]
-            if tx % 8 == 0:
-                s_shared[key] = scales[page, position % 64]
+    def gather_keys(keys, scales, slots, tile, count, k_shared, s_shared):
+        T.call_extern(
+            "handle",
+            f"misa::gather_keys<{THREADS}, {TILE}>",
+            keys.data,
+            scales.data,
+            T.address_of(slots[0]),
+            tile * TILE,
+            count,
+            T.address_of(k_shared[tile % 2, 0, 0]),
+            T.address_of(s_shared[tile % 2, 0]),
+        )
 
     @T.macro
     def store_scores(
@@ -91,38 +89,32 @@ def get_select_kernel(heads: int, capacity: int):
         s_shared,
         positions,
         scores,
-        first,
+        tile,
         count,
         length,
         init_tokens,
         local_tokens,
     ):
         tx = T.get_thread_binding()
+        entry = tx // 32 * 16 + tx % 32 // 4
         scale = T.alloc_local((2,), T.float32)
         score = T.alloc_local((2,), T.float32)
-        for half in T.unroll(halves):
-            entry = half * 64 + tx // 32 * 16 + tx % 32 // 4
-            for rr in T.unroll(2):
-                scale[rr] = s_shared[entry + rr * 8]
-            T.call_extern(
-                "handle",
-                f"misa::sum_heads<{heads}, 1>",
-                T.call_extern(
-                    "handle", f"misa::half_of<{columns // 2}>", acc.data, half
-                ),
-                gate.data,
-                scale.data,
-                score.data,
-            )
-            for rr in T.unroll(2):
-                e = first + entry + rr * 8
-                if tx % 4 == 0 and e < count:
-                    if (
-                        positions[e] < init_tokens
-                        or positions[e] >= length - local_tokens
-                    ):
-                        score[rr] = T.infinity(T.float32)
-                    scores[e] = T.call_extern("uint32", "misa::ordered", score[rr])
+        for rr in T.unroll(2):
+            scale[rr] = s_shared[tile % 2, entry + rr * 8]
+        T.call_extern(
+            "handle",
+            f"misa::sum_heads<{heads}, 1>",
+            acc.data,
+            gate.data,
+            scale.data,
+            score.data,
+        )
+        for rr in T.unroll(2):
+            e = tile * TILE + entry + rr * 8
+            if tx % 4 == 0 and e < count:
+                if positions[e] < init_tokens or positions[e] >= length - local_tokens:
+                    score[rr] = T.infinity(T.float32)
+                scores[e] = T.call_extern("uint32", "misa::ordered", score[rr])
 
     @T.prim_func
     def select(
@@ -145,19 +137,21 @@ def get_select_kernel(heads: int, capacity: int):
         form: T.int32,
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
-            T.import_source('#include "score.cuh"\n#include "select.cuh"\n')
+            T.import_source(
+                '#include "gather.cuh"\n#include "score.cuh"\n#include "select.cuh"\n'
+            )
             positions = T.alloc_shared((capacity,), T.int32)
+            # Slots of the cache, then scores.
             scores = T.alloc_shared((capacity,), T.uint32)
             bins = T.alloc_shared((2048,), T.int32)
             q_shared = T.alloc_shared((columns, 128), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((tile, 128), T.float8_e4m3fn)
-            s_shared = T.alloc_shared((tile,), T.float32)
+            k_shared = T.alloc_shared((2, TILE, 128), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((2, TILE), T.float32)
             scratch = T.alloc_shared((64,), T.int32)
             state = T.alloc_shared((8,), T.int32)
-            info = T.alloc_shared(
-                (4,), T.int32
-            )  # candidates, needed, tied; in `positions`
-            acc = T.alloc_fragment((tile, columns), T.float32)
+            info = T.alloc_shared((4,), T.int32)  # as `classify` says
+            count = T.alloc_shared((1,), T.int32)  # entries of `positions`
+            acc = T.alloc_fragment((TILE, columns), T.float32)
             gate = T.alloc_local((heads,), T.float32)
             row = T.alloc_var(T.int32)
             length = T.alloc_var(T.int32)
@@ -221,8 +215,8 @@ def get_select_kernel(heads: int, capacity: int):
                     T.address_of(scratch[0]),
                     T.address_of(info[0]),
                 )
-                # Five digits count the candidates, the sixth round selects. So many words of a plane can hold no more
-                # candidates than fit.
+                # Five digits count the candidates, the round after them selects. So many words of a plane can hold no
+                # more candidates than fit.
                 chunk = words
                 if info[0] > capacity:
                     chunk = capacity // 32
@@ -234,10 +228,13 @@ def get_select_kernel(heads: int, capacity: int):
                     load_queries(q, weights, active, row, q_shared, gate)
                     T.call_extern(
                         "handle",
-                        "misa::radix_begin",
+                        "misa::radix_begin_between",
                         T.address_of(state[0]),
                         info[1],
+                        info[3] != 0,
+                        T.address_of(thresholds[slot, 0]),
                     )
+                    T.fence_proxy_async()
                     T.sync_threads()
                 for step in T.serial(rounds):
                     digit = T.truncdiv(step, parts)
@@ -253,38 +250,43 @@ def get_select_kernel(heads: int, capacity: int):
                         if digit == 0 or chunk < words:
                             T.sync_threads()
                             if tx == 0:
-                                info[3] = 0
+                                count[0] = 0
                             T.sync_threads()
                             T.call_extern(
                                 "handle",
                                 f"misa::collect<{THREADS}>",
+                                T.address_of(planes[slot, 0, 0]),
                                 T.address_of(planes[slot, 1, 0]),
                                 part * chunk,
                                 T.min(part * chunk + chunk, words),
+                                T.address_of(page_table[seq, 0]),
                                 T.address_of(positions[0]),
-                                T.address_of(info[3]),
+                                T.address_of(scores[0]),
+                                T.address_of(count[0]),
                             )
                             T.sync_threads()
-                            for b in T.serial(T.ceildiv(info[3], tile)):
+                            gather_keys(
+                                keys, scales, scores, 0, count[0], k_shared, s_shared
+                            )
+                            for b in T.serial(T.ceildiv(count[0], TILE)):
                                 gather_keys(
                                     keys,
                                     scales,
-                                    page_table,
-                                    seq,
-                                    positions,
-                                    b * tile,
-                                    info[3],
+                                    scores,
+                                    b + 1,
+                                    count[0],
                                     k_shared,
                                     s_shared,
                                 )
-                                T.fence_proxy_async()
+                                T.call_extern("handle", "misa::wait_gathered<1>")
                                 T.sync_threads()
                                 T.gemm(
-                                    k_shared,
+                                    k_shared[b % 2, :, :],
                                     q_shared,
                                     acc,
                                     transpose_B=True,
                                     clear_accum=True,
+                                    policy=T.GemmWarpPolicy.FullRow,
                                 )
                                 store_scores(
                                     acc,
@@ -292,8 +294,8 @@ def get_select_kernel(heads: int, capacity: int):
                                     s_shared,
                                     positions,
                                     scores,
-                                    b * tile,
-                                    info[3],
+                                    b,
+                                    count[0],
                                     length,
                                     init_tokens,
                                     local_tokens,
@@ -301,8 +303,8 @@ def get_select_kernel(heads: int, capacity: int):
                                 T.sync_threads()
                         else:
                             T.sync_threads()
-                        for i in T.serial(T.ceildiv(info[3], THREADS)):
-                            if i * THREADS + tx < info[3]:
+                        for i in T.serial(T.ceildiv(count[0], THREADS)):
+                            if i * THREADS + tx < count[0]:
                                 T.call_extern(
                                     "handle",
                                     "misa::radix_visit",
@@ -318,7 +320,6 @@ def get_select_kernel(heads: int, capacity: int):
                                 "handle",
                                 f"misa::radix_advance<{THREADS}>",
                                 T.address_of(state[0]),
-                                digit,
                                 T.address_of(bins[0]),
                                 T.address_of(scratch[0]),
                             )

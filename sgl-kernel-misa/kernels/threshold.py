@@ -24,10 +24,11 @@ def get_threshold_kernel():
         first_tile: T.int32,
         tile_rows: T.int32,
         topk: T.int32,
+        deviations: T.int32,
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
             T.import_source('#include "threshold.cuh"\n')
-            bins = T.alloc_shared((2048,), T.int32)
+            bins = T.alloc_shared((2 * 2048,), T.int32)
             scratch = T.alloc_shared((64,), T.int32)
             row = T.alloc_var(T.int32)
             tile = first_tile + T.truncdiv(slot, tile_rows)
@@ -51,6 +52,7 @@ def get_threshold_kernel():
                         T.address_of(samples[slot, 0]),
                         lengths[row],
                         topk,
+                        deviations,
                         T.address_of(bins[0]),
                         T.address_of(scratch[0]),
                         T.address_of(out[slot, 0]),

@@ -1,4 +1,4 @@
-"""Selection for decode and speculative verify: score with a histogram, then select in one pass over the scores.
+"""Selection for decode and speculative verify: score all tokens, then select among the scores.
 
 Here the fp32 scores of rows x context are written: they are small beside the keys, which are read once.
 """
@@ -17,11 +17,9 @@ from sgl_kernel_misa.tensors import (
 )
 
 MAX_ROWS = 4  # of a sequence
-BINS = 2048
-COUNTERS = 2  # behind a row's histogram: candidates, blocks done
-LIST_CAPACITY = 4096  # as in kernels/decode_select.py
-SCORE_BLOCKS = 132 * 2  # all resident at once
-SELECT_BLOCKS = 132 * 2
+# Blocks that score, all resident at once, by the heads that the kernel is compiled for: its registers and shared memory
+# leave room for so many on each of the 132 SMs of an H100 or H200.
+SCORE_BLOCKS = {8: 132 * 3, 16: 132 * 3, 32: 132 * 2, 64: 132}
 
 
 def select(
@@ -52,9 +50,9 @@ def select(
         table_stride=page_table.stride(0),
     )
     scores = weights.new_empty(rows, width)
-    bins = lengths.new_zeros(rows, BINS + COUNTERS)
+    compiled = padded_heads(active.shape[1])
     launch(
-        f"decode_score_{padded_heads(active.shape[1])}",
+        f"decode_score_{compiled}",
         q=q,
         weights=weights,
         active=active,
@@ -63,9 +61,8 @@ def select(
         **table,
         lengths=lengths,
         scores=scores,
-        bins=bins,
         rows_per_seq=rows_per_seq,
-        splits=max(1, min(max_pages, SCORE_BLOCKS // batch)),
+        splits=max(1, min(max_pages, SCORE_BLOCKS[compiled] // batch)),
         topk=topk,
         init_tokens=init_tokens,
         local_tokens=local_tokens,
@@ -74,24 +71,17 @@ def select(
         pages=index_k.shape[0],
         active_heads=active.shape[1],
         width=width,
-        entries=BINS + COUNTERS,
     )
     launch(
         "decode_select",
         scores=scores,
-        bins=bins,
-        lists=lengths.new_empty(rows, LIST_CAPACITY, 2),
-        planes=lengths.new_empty(rows, width // 32),
         **table,
         lengths=lengths,
         offsets=no_offsets(lengths) if offsets is None else offsets,
         out=out,
         rows_per_seq=rows_per_seq,
-        splits=max(1, min(16, SELECT_BLOCKS // rows)),
         form=FORMS[output],
         rows=rows,
         width=width,
-        words=width // 32,
-        entries=BINS + COUNTERS,
         topk=topk,
     )

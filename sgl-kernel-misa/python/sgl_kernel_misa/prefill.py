@@ -24,7 +24,7 @@ WORKSPACE_BYTES = 160 << 20
 SPAN = 1024  # tokens in 32 words of a bit plane
 SAMPLE_STRIDE = 16
 SMALL_CAPACITY, LARGE_CAPACITY = 3072, 6144  # candidates that `select` keeps on chip
-WAVE = 132 * 8  # blocks that keep the chip busy to the end
+NUM_SMS = 132
 
 
 def rows_per_tile(heads: int) -> int:
@@ -93,11 +93,10 @@ def select(
     thresholds = weights.new_empty(slots, 2)
     planes = lengths.new_empty(slots, 2, words)
 
-    splits = min(spans, max(1, WAVE // chunk), 1 << 15)
-    split_pages = -(-spans // splits) * (SPAN // PAGE_SIZE)
-    splits = -(-spans * (SPAN // PAGE_SIZE) // split_pages)
-    sample_splits = min(spans, max(1, WAVE // (2 * chunk)))
-    sample_split = -(-spans // sample_splits)
+    # A block begins by collecting its queries, which takes as long as several pages: two waves of blocks, one for samples.
+    span_pages = SPAN // PAGE_SIZE
+    split_pages = -(-spans // max(1, 2 * NUM_SMS // chunk)) * span_pages
+    sample_pages = -(-spans // max(1, NUM_SMS // chunk))
     capacity = SMALL_CAPACITY if topk <= 4096 else LARGE_CAPACITY
     for first in range(0, tiles, chunk):
         count = min(chunk, tiles - first)
@@ -116,8 +115,8 @@ def select(
             width=spans * PAGE_SIZE,
             first_tile=first,
             tiles=count,
-            splits=-(-spans // sample_split),
-            split_pages=sample_split,
+            splits=-(-spans // sample_pages),
+            split_pages=sample_pages,
             topk=topk,
             init_tokens=0,
             local_tokens=0,
@@ -131,6 +130,8 @@ def select(
             first_tile=first,
             tile_rows=tile_rows,
             topk=topk,
+            # More candidates than fit are costly, too many above the high threshold are not while they fit.
+            deviations=3 if topk + topk // 4 <= capacity else 5,
             rows=rows,
             bounds=batch + 1,
             slots=count * tile_rows,
@@ -151,7 +152,7 @@ def select(
             width=words,
             first_tile=first,
             tiles=count,
-            splits=splits,
+            splits=-(-spans * span_pages // split_pages),
             split_pages=split_pages,
             topk=topk,
             init_tokens=init_tokens,
