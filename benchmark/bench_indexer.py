@@ -11,6 +11,7 @@ README.md says what is measured and how.
 import argparse
 import datetime
 import gc
+import subprocess
 import sys
 import traceback
 from fnmatch import fnmatch
@@ -311,6 +312,18 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+def restart(cases: list, output: Path | None) -> None:
+    """Leave a process whose CUDA context a fault has broken, and run the other cases in another one."""
+    print("A fault has broken the CUDA context; going on in another process.")
+    sys.stdout.flush()
+    options = ["--output", str(output)] if output else []
+    if cases:
+        names = [case.name for case in cases]
+        command = [sys.executable, *sys.argv, *options, "--cases", *names]
+        subprocess.run(command, check=False)
+    sys.exit(1)
+
+
 def main() -> None:
     args = parse_arguments()
     if args.list:
@@ -339,11 +352,15 @@ def main() -> None:
         output = report.default_output(device["device"])
 
     records = []
-    for case in args.cases_chosen:
-        records += run_case(case, args, device)
-        free_memory()
+    for n, case in enumerate(args.cases_chosen):
+        results = run_case(case, args, device)
+        records += results
         if output:
-            report.write(records, output)
+            report.write(results, output)
+        try:
+            free_memory()
+        except RuntimeError:
+            restart(args.cases_chosen[n + 1 :], output)
     if output:
         print(f"\nwrote {len(records)} records to {output}")
     failed = [

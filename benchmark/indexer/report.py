@@ -44,8 +44,11 @@ def default_output(device: str) -> Path:
 
 
 def write(records: list, path: Path) -> None:
+    """Put records into a file, in the place of those of the same case and variant."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records, indent=1) + "\n")
+    kept = json.loads(path.read_text()) if path.exists() else []
+    merged = {(r["case"], r["variant"]): r for r in kept + records}
+    path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
 
 
 def time(milliseconds: float) -> str:

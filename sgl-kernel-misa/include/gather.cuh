@@ -22,8 +22,8 @@ __device__ __forceinline__ void cp_async_4(void* to, const void* from) {
 // the next tile is under way meanwhile. The keys go where TileLang's wgmma reads them: rows of 128 bytes whose 16-byte
 // pieces are swizzled by the row modulo 8.
 template <int THREADS, int TILE>
-__device__ __forceinline__ void gather_keys(const void* keys, const void* scales, const unsigned* slots, int first, int count,
-                                            void* k_shared, void* s_shared) {
+__device__ __forceinline__ void gather_keys(const void* keys, const void* scales, const unsigned* slots, int first,
+                                            int count, void* k_shared, void* s_shared) {
   constexpr long long kPageBytes = 8448;
   if (first < count) {
 #pragma unroll

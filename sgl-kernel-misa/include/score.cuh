@@ -33,12 +33,6 @@ __device__ __forceinline__ void sum_heads(const float* acc, const float* weights
   }
 }
 
-// The accumulator of the second m64 of a tile of two follows that of the first.
-template <int REGISTERS>
-__device__ __forceinline__ const float* half_of(const float* acc, int half) {
-  return acc + half * REGISTERS;
-}
-
 // Adds one page's scores to a lane's words of two bit planes: words[g] gets the bits of scores over high[g],
 // words[GROUPS + g] of those not under low[g]. first_bit is 1 << 2 * (page % 16).
 template <int GROUPS>
