@@ -6,7 +6,9 @@ length is, so that one long sequence fills the chip.
 
 import tilelang.language as T
 
-PAGE_BYTES = 8448
+from kernels.dimensions import dimensions
+from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
+
 STAGES = 8
 MAX_ROWS = 4
 
@@ -14,18 +16,8 @@ MAX_ROWS = 4
 def get_decode_score_kernel(heads: int):
     """A producer warpgroup streams pages as in `score`; one consumer warpgroup scores them for four rows."""
     columns = MAX_ROWS * heads
-    rows, num_heads, pages, batch, max_pages, active_heads, stride, width = (
-        T.dynamic(name)
-        for name in (
-            "rows",
-            "num_heads",
-            "pages",
-            "batch",
-            "max_pages",
-            "active_heads",
-            "table_stride",
-            "width",
-        )
+    rows, num_heads, pages, batch, max_pages, active_heads, stride, width = dimensions(
+        "rows num_heads pages batch max_pages active_heads table_stride width"
     )
 
     @T.prim_func
@@ -34,7 +26,7 @@ def get_decode_score_kernel(heads: int):
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
         keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_BYTES // 4, 1), T.float32),
+        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         scores: T.Tensor((rows, width), T.float32),
@@ -72,10 +64,8 @@ def get_decode_score_kernel(heads: int):
             num_pages = T.truncdiv(num_pages * (split + 1), splits) - p0
             if longest > topk and num_pages > 0:
                 with T.ws(1):
-                    # Every key is read once: the cache is better used for what is read again.
-                    for i in T.serial(
-                        T.if_then_else(tx < 160, num_pages, 0)
-                    ):  # one warp
+                    # One warp streams. Every key is read once: the cache is better used for what is read again.
+                    for i in T.serial(T.if_then_else(tx < 160, num_pages, 0)):
                         page = page_table[seq, p0 + i]
                         T.mbarrier_wait_parity(
                             empty[i % STAGES], ((i // STAGES) % 2) ^ 1

@@ -7,6 +7,8 @@ writes the positions of its slice.
 
 import tilelang.language as T
 
+from kernels.dimensions import dimensions
+
 CLUSTER = 8  # kCluster of decode.cuh
 THREADS = 512
 CAPACITY = 16384  # scores of a slice that shared memory holds; of longer slices they are read again
@@ -14,9 +16,8 @@ CAPACITY = 16384  # scores of a slice that shared memory holds; of longer slices
 
 def get_decode_select_kernel():
     """A cluster a row."""
-    rows, batch, max_pages, stride, width, topk = (
-        T.dynamic(name)
-        for name in ("rows", "batch", "max_pages", "table_stride", "width", "topk")
+    rows, batch, max_pages, stride, width, topk = dimensions(
+        "rows batch max_pages table_stride width topk"
     )
 
     @T.prim_func

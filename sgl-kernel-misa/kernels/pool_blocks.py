@@ -2,14 +2,15 @@
 
 import tilelang.language as T
 
+from kernels.dimensions import dimensions
+
 GROUP = 16  # pages whose loads are under way at once
 
 
 def get_pool_blocks_kernel():
     """Thread d of a block averages dimension d of one pooled block, in float64."""
-    pages, batch, max_pages, stride, blocks, rows = (
-        T.dynamic(name)
-        for name in ("pages", "batch", "max_pages", "table_stride", "blocks", "rows")
+    pages, batch, max_pages, stride, blocks, rows = dimensions(
+        "pages batch max_pages table_stride blocks rows"
     )
 
     @T.prim_func

@@ -2,10 +2,12 @@
 
 import tilelang.language as T
 
+from kernels.dimensions import dimensions
+from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS, get_gather_keys
+
 THREADS = 256
 TILE = 128
 STAGES = 3  # tiles on the chip: one is scored while two are gathered
-PAGE_BYTES = 8448
 
 
 def get_rerank_kernel(num_heads: int, capacity: int):
@@ -15,33 +17,11 @@ def get_rerank_kernel(num_heads: int, capacity: int):
         num_heads: heads of the indexer, H.
         capacity: most candidates a row may have.
     """
-    registers = num_heads // 2  # of one m64 accumulator
-    rows, pages, batch, max_pages, stride, candidates_, topk = (
-        T.dynamic(name)
-        for name in (
-            "rows",
-            "pages",
-            "batch",
-            "max_pages",
-            "table_stride",
-            "num_candidates",
-            "topk",
-        )
+    rows, pages, batch, max_pages, stride, candidates_, topk = dimensions(
+        "rows pages batch max_pages table_stride num_candidates topk"
     )
 
-    @T.macro
-    def gather_keys(keys, scales, slots, tile, count, k_shared, s_shared):
-        T.call_extern(
-            "handle",
-            f"misa::gather_keys<{THREADS}, {TILE}>",
-            keys.data,
-            scales.data,
-            T.address_of(slots[0]),
-            tile * TILE,
-            count,
-            T.address_of(k_shared[tile % STAGES, 0, 0]),
-            T.address_of(s_shared[tile % STAGES, 0]),
-        )
+    gather_keys = get_gather_keys(THREADS, TILE, STAGES)
 
     @T.prim_func
     def rerank(
@@ -49,7 +29,7 @@ def get_rerank_kernel(num_heads: int, capacity: int):
         weights: T.Tensor((rows, num_heads), T.float32),
         candidates: T.Tensor((rows, candidates_), T.int32),
         keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_BYTES // 4, 1), T.float32),
+        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),

@@ -6,22 +6,15 @@ E[j] = |w[j]| / M * sum over the row's M pooled blocks of relu(q[j] . kbar[b]). 
 
 import tilelang.language as T
 
+from kernels.dimensions import dimensions
+
 BLOCKS = 64  # pooled keys multiplied at a time
 
 
 def get_route_kernel(num_heads: int):
     """One CTA a row: a bf16 wgmma of all heads (M side) with the pooled keys. FP8 queries are exact in bf16."""
-    rows, pages, batch, max_pages, stride, blocks, active_heads = (
-        T.dynamic(name)
-        for name in (
-            "rows",
-            "pages",
-            "batch",
-            "max_pages",
-            "table_stride",
-            "blocks",
-            "active_heads",
-        )
+    rows, pages, batch, max_pages, stride, blocks, active_heads = dimensions(
+        "rows pages batch max_pages table_stride blocks active_heads"
     )
 
     @T.prim_func
@@ -49,7 +42,7 @@ def get_route_kernel(num_heads: int):
             partial = T.alloc_var(T.int32)
             count = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
-            # One row is a tile, so padding rows belong to sequence `batch`.
+            # Padding rows belong to sequence `batch`.
             seq = T.call_extern(
                 "int32", "misa::sequence_of_row", cu_rows.data, batch, row
             )

@@ -2,21 +2,14 @@
 
 import tilelang.language as T
 
-PAGE_WORDS = 2112
+from kernels.dimensions import dimensions
+from kernels.paged_cache import PAGE_WORDS
 
 
 def get_sample_kernel():
     """128 threads copy one page of samples, two threads a key."""
-    pages, batch, max_pages, stride, sample_pages, rows = (
-        T.dynamic(name)
-        for name in (
-            "pages",
-            "batch",
-            "max_pages",
-            "table_stride",
-            "sample_pages",
-            "rows",
-        )
+    pages, batch, max_pages, stride, sample_pages, rows = dimensions(
+        "pages batch max_pages table_stride sample_pages rows"
     )
 
     @T.prim_func

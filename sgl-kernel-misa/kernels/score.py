@@ -1,14 +1,16 @@
 """Scores every visible token of a sequence for a tile of its rows; what becomes of a score is the kernel's mode.
 
 One CTA takes a tile of rows of one sequence and a range of its pages. A producer warp streams the pages from the paged
-cache with TMA, one page (64 keys and their scales) a stage. A barrier is entered by as few threads as can be: each of them
-takes its turn. Two consumer warpgroups each hold the queries of half of
-the rows and multiply K on the M side with (query, head) pairs on the N side: see `score.cuh` for the order of the columns.
+cache with TMA, one page (64 keys and their scales) a stage. Two consumer warpgroups each hold the
+queries of half of the rows and multiply K on the M side with (query, head) pairs on the N side: see `score.cuh` for the
+order of the columns.
 """
 
 import tilelang.language as T
 
-PAGE_BYTES = 8448
+from kernels.dimensions import dimensions
+from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
+
 STAGES = 8
 
 
@@ -32,17 +34,8 @@ def get_score_kernel(heads: int, mode: str):
     planes = mode == "planes"
     pipelined = heads < 64  # else two accumulators do not fit in the registers
     rows, num_heads, pages, batch, max_pages, active_heads, stride, width, slots = (
-        T.dynamic(name)
-        for name in (
-            "rows",
-            "num_heads",
-            "pages",
-            "batch",
-            "max_pages",
-            "active_heads",
-            "table_stride",
-            "width",
-            "slots",
+        dimensions(
+            "rows num_heads pages batch max_pages active_heads table_stride width slots"
         )
     )
 
@@ -80,6 +73,10 @@ def get_score_kernel(heads: int, mode: str):
 
     @T.macro
     def finish(
+        acc,
+        gate,
+        s_shared,
+        empty,
         scores,
         length,
         shortest,
@@ -94,7 +91,8 @@ def get_score_kernel(heads: int, mode: str):
         local_tokens,
         out,
     ):
-        """Stores a page's scores, or adds its bits to the lane's words and stores these after every 16th page."""
+        """Sums a page's heads; then stores its scores, or adds its bits to the lane's words and these every 16th page."""
+        sum_heads(acc, gate, s_shared, empty, page, scores)
         tx = T.get_thread_binding()
         token = (p0 + page) * 64 + tx % 128 // 32 * 16 + tx % 32 // 4
         if planes:
@@ -138,7 +136,7 @@ def get_score_kernel(heads: int, mode: str):
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
         keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_BYTES // 4, 1), T.float32),
+        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
@@ -191,15 +189,13 @@ def get_score_kernel(heads: int, mode: str):
                     num_pages = (num_pages + 15) // 16
                 p0 = by * split_pages
                 num_pages = T.min(num_pages - p0, split_pages)
-                pairs = (
-                    num_pages + 1
-                ) // 2  # the last page may come twice, to make a pair
+                # The last page may come twice, to make a pair.
+                pairs = (num_pages + 1) // 2
                 if num_pages > 0 and lengths[row1 - 1] > topk:
                     with T.ws(2):
                         T.set_max_nreg(24, 0)
-                        for i in T.serial(
-                            T.if_then_else(tx < 288, pairs * 2, 0)
-                        ):  # one warp
+                        # One warp streams; the others of its warpgroup have nothing to do.
+                        for i in T.serial(T.if_then_else(tx < 288, pairs * 2, 0)):
                             source = p0 + T.min(i, num_pages - 1)
                             page = T.if_then_else(
                                 planes,
@@ -265,8 +261,11 @@ def get_score_kernel(heads: int, mode: str):
                                 multiply(k_shared, q_shared, acc, full, i * 2)
                                 multiply(k_shared, q_shared, next_acc, full, i * 2 + 1)
                                 T.warpgroup_wait(1)
-                                sum_heads(acc, gate, s_shared, empty, i * 2, scores)
                                 finish(
+                                    acc,
+                                    gate,
+                                    s_shared,
+                                    empty,
                                     scores,
                                     length,
                                     shortest,
@@ -282,10 +281,11 @@ def get_score_kernel(heads: int, mode: str):
                                     out,
                                 )
                                 T.warpgroup_wait(0)
-                                sum_heads(
-                                    next_acc, gate, s_shared, empty, i * 2 + 1, scores
-                                )
                                 finish(
+                                    next_acc,
+                                    gate,
+                                    s_shared,
+                                    empty,
                                     scores,
                                     length,
                                     shortest,
@@ -313,8 +313,11 @@ def get_score_kernel(heads: int, mode: str):
                                     clear_accum=True,
                                     policy=T.GemmWarpPolicy.FullCol,
                                 )
-                                sum_heads(acc, gate, s_shared, empty, i, scores)
                                 finish(
+                                    acc,
+                                    gate,
+                                    s_shared,
+                                    empty,
                                     scores,
                                     length,
                                     shortest,

@@ -7,9 +7,12 @@ and selected by radix. Few enough candidates are kept in shared memory; more tha
 
 import tilelang.language as T
 
+from kernels.dimensions import dimensions
+from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS, get_gather_keys
+
 THREADS = 256
 TILE = 128  # candidates scored at a time, 64 a warpgroup
-PAGE_BYTES = 8448
+STAGES = 2  # tiles on the chip: one is scored while the next is gathered
 
 
 def get_select_kernel(heads: int, capacity: int):
@@ -19,9 +22,8 @@ def get_select_kernel(heads: int, capacity: int):
         heads: as for `score`.
         capacity: candidates kept in shared memory, a multiple of 1024.
     """
-    columns = (
-        4 * heads
-    )  # the row's heads in the columns of lanes 0, 4, 8, ...; the others are zero
+    # The row's heads lie in the columns of lanes 0, 4, 8, ...; the others are zero.
+    columns = 4 * heads
     (
         rows,
         num_heads,
@@ -33,21 +35,11 @@ def get_select_kernel(heads: int, capacity: int):
         width,
         slots,
         topk,
-    ) = (
-        T.dynamic(name)
-        for name in (
-            "rows",
-            "num_heads",
-            "pages",
-            "batch",
-            "max_pages",
-            "active_heads",
-            "table_stride",
-            "width",
-            "slots",
-            "topk",
-        )
+    ) = dimensions(
+        "rows num_heads pages batch max_pages active_heads table_stride width slots topk"
     )
+
+    gather_keys = get_gather_keys(THREADS, TILE, STAGES)
 
     @T.macro
     def load_queries(q, weights, active, row, q_shared, gate):
@@ -69,20 +61,6 @@ def get_select_kernel(heads: int, capacity: int):
                 gate[j] = weights[row, active[row, j]]
 
     @T.macro
-    def gather_keys(keys, scales, slots, tile, count, k_shared, s_shared):
-        T.call_extern(
-            "handle",
-            f"misa::gather_keys<{THREADS}, {TILE}>",
-            keys.data,
-            scales.data,
-            T.address_of(slots[0]),
-            tile * TILE,
-            count,
-            T.address_of(k_shared[tile % 2, 0, 0]),
-            T.address_of(s_shared[tile % 2, 0]),
-        )
-
-    @T.macro
     def store_scores(
         acc,
         gate,
@@ -100,7 +78,7 @@ def get_select_kernel(heads: int, capacity: int):
         scale = T.alloc_local((2,), T.float32)
         score = T.alloc_local((2,), T.float32)
         for rr in T.unroll(2):
-            scale[rr] = s_shared[tile % 2, entry + rr * 8]
+            scale[rr] = s_shared[tile % STAGES, entry + rr * 8]
         T.call_extern(
             "handle",
             f"misa::sum_heads<{heads}, 1>",
@@ -122,7 +100,7 @@ def get_select_kernel(heads: int, capacity: int):
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
         keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_BYTES // 4, 1), T.float32),
+        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
@@ -145,8 +123,8 @@ def get_select_kernel(heads: int, capacity: int):
             scores = T.alloc_shared((capacity,), T.uint32)
             bins = T.alloc_shared((2048,), T.int32)
             q_shared = T.alloc_shared((columns, 128), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((2, TILE, 128), T.float8_e4m3fn)
-            s_shared = T.alloc_shared((2, TILE), T.float32)
+            k_shared = T.alloc_shared((STAGES, TILE, 128), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((STAGES, TILE), T.float32)
             scratch = T.alloc_shared((64,), T.int32)
             state = T.alloc_shared((8,), T.int32)
             info = T.alloc_shared((4,), T.int32)  # as `classify` says
@@ -278,10 +256,12 @@ def get_select_kernel(heads: int, capacity: int):
                                     k_shared,
                                     s_shared,
                                 )
-                                T.call_extern("handle", "misa::wait_gathered<1>")
+                                T.call_extern(
+                                    "handle", f"misa::wait_gathered<{STAGES - 1}>"
+                                )
                                 T.sync_threads()
                                 T.gemm(
-                                    k_shared[b % 2, :, :],
+                                    k_shared[b % STAGES, :, :],
                                     q_shared,
                                     acc,
                                     transpose_B=True,

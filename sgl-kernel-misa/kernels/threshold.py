@@ -2,6 +2,8 @@
 
 import tilelang.language as T
 
+from kernels.dimensions import dimensions
+
 THREADS = 256
 
 
@@ -10,9 +12,7 @@ def get_threshold_kernel():
 
     The histograms are CUDA: TileLang has no digit of a key, and its reductions do not find a bin.
     """
-    rows, bounds, slots, width = (
-        T.dynamic(name) for name in ("rows", "bounds", "slots", "width")
-    )
+    rows, bounds, slots, width = dimensions("rows bounds slots width")
 
     @T.prim_func
     def threshold(

@@ -2,17 +2,20 @@
 
 import tilelang.language as T
 
+from kernels.dimensions import dimensions
+from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
+
 SLOTS_PER_BLOCK = 8
 
 
 def get_update_pooled_keys_kernel(slot_type: str):
     """Thread d of a block sums dimension d of a page, in float64 and in the order of the tokens."""
-    tokens, pages = T.dynamic("tokens"), T.dynamic("pages")
+    tokens, pages = dimensions("tokens pages")
 
     @T.prim_func
     def update_pooled_keys(
-        keys: T.StridedTensor((pages, 64, 128), (8448, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (2112, 1), T.float32),
+        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
+        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
         slots: T.Tensor((tokens,), slot_type),
         pooled_keys: T.Tensor((pages, 128), T.bfloat16),
     ):
