@@ -51,11 +51,6 @@ PASS_CONFIGS = {
 # `generate` edits the text that TileLang generates, so the version is fixed.
 TILELANG = "0.1.11"
 NVCC_FLAGS = ["-std=c++20", "-O3", "--compiler-options", "-fPIC"]
-NVCC_PACKAGES = (
-    "nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 "
-    "nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85"
-)
-
 CUTLASS_INCLUDES = (
     "#include <cutlass/arch/barrier.h>\n#include <cutlass/cuda_host_adapter.hpp>\n"
 )
@@ -102,7 +97,7 @@ def find_nvcc() -> Path:
             return Path(found)
     raise RuntimeError(
         f"nvcc is needed to compile the kernels and was not found (tried {', '.join(candidates)}). "
-        f"Set NVCC or CUDA_HOME to one, or: pip install {NVCC_PACKAGES}"
+        f"Set NVCC or CUDA_HOME to one, or: pip install --no-deps -r {ROOT / 'build-requirements.txt'}"
     )
 
 

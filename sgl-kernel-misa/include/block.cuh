@@ -94,9 +94,10 @@ struct RadixState {
   int done;
   unsigned base;  // subtracted from every score
 };
-constexpr int kRadixStateInts = sizeof(RadixState) / sizeof(int);
 
-// `state` is kRadixStateInts ints of shared memory, 8-byte aligned.
+static_assert(sizeof(RadixState) <= 8 * sizeof(int), "the kernels set 8 ints aside");
+
+// `state` is 8 ints of shared memory, 8-byte aligned.
 __device__ __forceinline__ RadixState* radix_state(int* state) { return reinterpret_cast<RadixState*>(state); }
 
 // Scores, as ordered keys, are known to lie in base .. top.

@@ -10,6 +10,7 @@ from sgl_kernel_misa.checks import PAGE_SIZE
 from sgl_kernel_misa.library import launch
 from sgl_kernel_misa.tensors import (
     FORMS,
+    NUM_SMS,
     all_heads,
     keys_and_scales,
     no_offsets,
@@ -18,8 +19,8 @@ from sgl_kernel_misa.tensors import (
 
 MAX_ROWS = 4  # of a sequence
 # Blocks that score, all resident at once, by the heads that the kernel is compiled for: its registers and shared memory
-# leave room for so many on each of the 132 SMs of an H100 or H200.
-SCORE_BLOCKS = {8: 132 * 3, 16: 132 * 3, 32: 132 * 2, 64: 132}
+# leave room for so many on each SM.
+SCORE_BLOCKS = {8: 3 * NUM_SMS, 16: 3 * NUM_SMS, 32: 2 * NUM_SMS, 64: NUM_SMS}
 
 
 def select(

@@ -18,9 +18,9 @@ Source of the method: MISA, arXiv 2605.07363.
 from typing import Optional
 
 import torch
-from sgl_kernel_misa import checks, decode, prefill
+from sgl_kernel_misa import checks, decode, prefill, reranking, routing
 from sgl_kernel_misa.library import launch
-from sgl_kernel_misa.tensors import FORMS, keys_and_scales, no_offsets
+from sgl_kernel_misa.tensors import keys_and_scales
 
 _LIBRARY = torch.library.Library("sgl_kernel_misa", "DEF")
 
@@ -110,35 +110,10 @@ def _route(
     heads = _route_output(
         q, weights, pooled_keys, page_table, cu_rows, lengths, active_heads, block_size
     )
-    if q.shape[0] == 0:
-        return heads
-    batch, max_pages = page_table.shape
-    block_pages = block_size // checks.PAGE_SIZE
-    blocks = max(1, max_pages // block_pages)
-    pooled_blocks = pooled_keys.new_empty(batch, blocks, checks.HEAD_DIM)
-    common = dict(
-        pooled_keys=pooled_keys,
-        page_table=page_table,
-        cu_rows=cu_rows,
-        lengths=lengths,
-        block_pages=block_pages,
-        pages=pooled_keys.shape[0],
-        batch=batch,
-        max_pages=max_pages,
-        table_stride=page_table.stride(0),
-        blocks=blocks,
-        rows=q.shape[0],
-    )
-    launch("pool_blocks", out=pooled_blocks, **common)
-    launch(
-        f"route_{q.shape[1]}",
-        q=q,
-        weights=weights,
-        pooled_blocks=pooled_blocks,
-        out=heads,
-        active_heads=active_heads,
-        **common,
-    )
+    if q.shape[0] > 0:
+        routing.route(
+            q, weights, pooled_keys, page_table, cu_rows, lengths, block_size, heads
+        )
     return heads
 
 
@@ -401,46 +376,22 @@ def topk_decode(
     "Tensor lengths, int topk, *, int init_tokens=0, int local_tokens=0, "
     'str output="positions", Tensor? offsets=None) -> Tensor'
 )
-def _rerank(q, weights, candidates, index_k, page_table, cu_rows, lengths, topk, *, init_tokens=0, local_tokens=0, output="positions", offsets=None):  # fmt: skip
+def _rerank(q, weights, candidates, index_k, page_table, cu_rows, lengths, topk, **options):  # fmt: skip
     out = _rerank_output(
-        q,
-        weights,
-        candidates,
-        index_k,
-        page_table,
-        cu_rows,
-        lengths,
-        topk,
-        output=output,
-        offsets=offsets,
+        q, weights, candidates, index_k, page_table, cu_rows, lengths, topk, **options
     )
-    if q.shape[0] == 0:
-        return out
-    keys, scales = keys_and_scales(index_k)
-    capacity = 8192 if candidates.shape[1] <= 8192 else checks.MAX_TOPK
-    launch(
-        f"rerank_{q.shape[1]}_{capacity}",
-        q=q,
-        weights=weights,
-        candidates=candidates,
-        keys=keys,
-        scales=scales,
-        page_table=page_table,
-        cu_rows=cu_rows,
-        lengths=lengths,
-        offsets=no_offsets(lengths) if offsets is None else offsets,
-        out=out,
-        init_tokens=init_tokens,
-        local_tokens=local_tokens,
-        form=FORMS[output],
-        rows=q.shape[0],
-        pages=index_k.shape[0],
-        batch=page_table.shape[0],
-        max_pages=page_table.shape[1],
-        table_stride=page_table.stride(0),
-        num_candidates=candidates.shape[1],
-        topk=topk,
-    )
+    if q.shape[0] > 0:
+        reranking.select(
+            q,
+            weights,
+            candidates,
+            index_k,
+            page_table,
+            cu_rows,
+            lengths,
+            out,
+            **options,
+        )
     return out
 
 

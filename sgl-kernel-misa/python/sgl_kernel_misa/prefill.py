@@ -12,6 +12,7 @@ from sgl_kernel_misa.checks import PAGE_BYTES, PAGE_SIZE
 from sgl_kernel_misa.library import launch
 from sgl_kernel_misa.tensors import (
     FORMS,
+    NUM_SMS,
     all_heads,
     keys_and_scales,
     no_offsets,
@@ -22,13 +23,11 @@ from sgl_kernel_misa.tensors import (
 # memory happens to be free.
 WORKSPACE_BYTES = 160 << 20
 SPAN = 1024  # tokens in 32 words of a bit plane
-SAMPLE_STRIDE = 16
 SMALL_CAPACITY, LARGE_CAPACITY = 3072, 6144  # candidates that `select` keeps on chip
-NUM_SMS = 132
 
 
 def rows_per_tile(heads: int) -> int:
-    """Rows that a block of the scoring kernel takes, two warpgroups together."""
+    """Rows that a block of the scoring kernel takes, two warpgroups together: tile_rows of kernels/score.py."""
     return 2 * max(4, 128 // heads)
 
 

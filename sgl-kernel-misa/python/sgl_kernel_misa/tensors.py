@@ -6,6 +6,7 @@ import torch
 
 FORMS = {"positions": 0, "slots": 1, "ragged": 2}
 KEY_BYTES = 64 * 128  # of a page, before its scales
+NUM_SMS = 132  # of an H100 or H200: what the grids are laid out for
 
 
 def keys_and_scales(index_k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
