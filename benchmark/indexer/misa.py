@@ -85,9 +85,30 @@ class Misa:
             **self.output,
         )
 
+    def route_score_select(self, i: int) -> torch.Tensor:
+        """Both; in decode one operation does, and overlaps them."""
+        if self.prefill or self.active_heads is None:
+            return self.score_select(i, self.route(i))
+        step, layer = self.step, self.layers[i]
+        _, selected = self.ops.route_topk_decode(
+            layer.q,
+            layer.weights,
+            layer.pooled_keys,
+            layer.index_k,
+            step.page_table,
+            step.cu_rows,
+            step.case.rows_per_seq,
+            step.lengths,
+            self.active_heads,
+            self.block_size,
+            self.candidates or self.topk,
+            **({} if self.candidates else self.output),
+        )
+        return selected
+
     def total(self, i: int) -> torch.Tensor:
         """The indices or cache slots of layer i -> int32 [T, topk]."""
-        selected = self.score_select(i, self.route(i))
+        selected = self.route_score_select(i)
         return self.rerank(i, selected) if self.candidates else selected
 
     def stages(self) -> dict:

@@ -1,15 +1,17 @@
 """Exact top-k of a row from its scores.
 
-The blocks of a cluster share a row: each takes a slice of the scores and counts their digits, all add up the histograms of
-all through distributed shared memory, and so find the k-th score, however close to each other the scores lie. Then each
-writes the positions of its slice.
+The blocks of a cluster share a row, each with a slice of its scores in shared memory, and exchange what they count through
+distributed shared memory. A sample bounds the k-th score from below, so that only the scores above it are counted; where
+that fails, all digits of all scores are. Then each block writes the positions of its slice.
+
+The kernel starts while `decode_score` still runs, and waits for the sequence of its own row only.
 """
 
 import tilelang.language as T
 
 from kernels.dimensions import dimensions
 
-CLUSTER = 8  # kCluster of decode.cuh
+CLUSTER = 8  # kCluster of decode_select.cuh
 THREADS = 512
 CAPACITY = 16384  # scores of a slice that shared memory holds; of longer slices they are read again
 
@@ -25,6 +27,7 @@ def get_decode_select_kernel():
         scores: T.Tensor((rows, width), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
+        progress: T.Tensor((batch,), T.int32),
         offsets: T.Tensor((rows,), T.int32),
         out: T.Tensor((rows, topk), T.int32),
         rows_per_seq: T.int32,
@@ -34,12 +37,13 @@ def get_decode_select_kernel():
             rank,
             row,
         ):
-            T.import_source('#include "decode.cuh"\n')
+            T.import_source('#include "decode_select.cuh"\n')
             T.annotate_min_blocks_per_sm(2)
             keys = T.alloc_shared((CAPACITY,), T.uint32)
             bins = T.alloc_shared((2 * 2048,), T.int32)
             scratch = T.alloc_shared((64,), T.int32)
             length = T.alloc_var(T.int32)
+            longest = T.alloc_var(T.int32)
             offset = T.alloc_var(T.int32)
             seq = T.truncdiv(row, rows_per_seq)
             length = lengths[row]
@@ -48,6 +52,15 @@ def get_decode_select_kernel():
                 offset = offsets[row]
             # The length is that of the whole cluster: all of its blocks wait for each other, or none.
             if length > topk:
+                longest = 0
+                for r in T.serial(rows_per_seq):
+                    longest = T.max(longest, lengths[seq * rows_per_seq + r])
+                T.call_extern(
+                    "handle",
+                    "misa::wait_for_progress",
+                    T.address_of(progress[seq]),
+                    (longest + 63) // 64,
+                )
                 T.call_extern(
                     "handle",
                     f"misa::select_row<{THREADS}>",
@@ -76,5 +89,7 @@ def get_decode_select_kernel():
                         offset,
                         T.address_of(out[row, 0]),
                     )
+            # Whoever waits for this kernel may rely on all before it.
+            T.pdl_sync()
 
     return decode_select

@@ -42,6 +42,7 @@ def get_route_kernel(num_heads: int):
             partial = T.alloc_var(T.int32)
             count = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
+            T.pdl_trigger()
             # Padding rows belong to sequence `batch`.
             seq = T.call_extern(
                 "int32", "misa::sequence_of_row", cu_rows.data, batch, row
@@ -61,6 +62,8 @@ def get_route_kernel(num_heads: int):
                         )
             for rr in T.unroll(2):
                 sums[rr] = 0.0
+            # All above comes from before `pool_blocks`.
+            T.pdl_sync()
             for first in T.serial(T.ceildiv(count, BLOCKS)):
                 for i in T.unroll(8):
                     b = i * 8 + tx // 16

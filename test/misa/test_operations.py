@@ -10,7 +10,14 @@ from inputs import make_inputs, write_cache
 
 from sglang.srt.layers.misa import operations, torch_operations
 
-NAMES = ["update_pooled_keys", "route", "topk_prefill", "topk_decode", "rerank"]
+NAMES = [
+    "update_pooled_keys",
+    "route",
+    "topk_prefill",
+    "topk_decode",
+    "route_topk_decode",
+    "rerank",
+]
 
 
 def check_device():

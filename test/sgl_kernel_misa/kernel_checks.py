@@ -48,6 +48,7 @@ def poisoned(op):
 route = poisoned(kernel_ops.route)
 prefill = poisoned(kernel_ops.topk_prefill)
 decode = poisoned(kernel_ops.topk_decode)
+routed_decode = poisoned(kernel_ops.route_topk_decode)
 rerank = poisoned(kernel_ops.rerank)
 
 

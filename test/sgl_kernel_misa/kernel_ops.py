@@ -47,6 +47,26 @@ def topk_decode(batch: Batch, heads, topk: int, **options) -> torch.Tensor:
     )
 
 
+def route_topk_decode(
+    batch: Batch, active_heads: int, block_size: int, topk: int, **options
+):
+    """For a batch whose sequences have equally many rows -> heads, selection."""
+    return sgl_kernel_misa.route_topk_decode(
+        batch.q,
+        batch.weights,
+        batch.pooled_keys,
+        batch.index_k,
+        batch.page_table,
+        batch.cu_rows,
+        len(batch.q) // len(batch.page_table),
+        batch.lengths,
+        active_heads,
+        block_size,
+        topk,
+        **options,
+    )
+
+
 def rerank(batch: Batch, candidates, topk: int, **options) -> torch.Tensor:
     return sgl_kernel_misa.rerank(
         batch.q,

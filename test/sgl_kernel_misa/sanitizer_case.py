@@ -8,7 +8,7 @@ import sgl_kernel_misa
 import torch
 from kernel_batches import make_batch, random_heads, write_batch
 from kernel_distributions import distributed
-from kernel_ops import rerank, route, topk_decode, topk_prefill
+from kernel_ops import rerank, route, route_topk_decode, topk_decode, topk_prefill
 
 
 def run(batch, rows_per_seq: int) -> None:
@@ -19,6 +19,8 @@ def run(batch, rows_per_seq: int) -> None:
         topk_prefill(batch, scoring, 64, output="slots")
         if rows_per_seq:
             topk_decode(batch, scoring, 64, init_tokens=1, local_tokens=2)
+    if rows_per_seq:
+        route_topk_decode(batch, 8, 128, 64)
     candidates = topk_prefill(batch, heads, 256)
     rerank(batch, candidates, 64)
     torch.cuda.synchronize()

@@ -10,7 +10,14 @@ from kernel_batches import (
     random_inputs,
     write_batch,
 )
-from kernel_checks import check_batch, decode, needs_hopper, prefill
+from kernel_checks import (
+    check_batch,
+    decode,
+    needs_hopper,
+    prefill,
+    route,
+    routed_decode,
+)
 
 pytestmark = needs_hopper
 
@@ -45,7 +52,7 @@ def test_batches(rows, batch_size, num_heads, active_heads):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("active_heads", [1, 4, 8, 16, 32, None])
 def test_mixed_lengths(rows, active_heads):
-    tokens = [2047, 2048, 2049, 1, 20_000, 63, 64, 65, 8191, 2050, 129]
+    tokens = [2047, 2048, 2049, 1, 20_000, 63, 64, 65, 8191, 2050, 129, 8192, 8193]
     sequences = [random_inputs(rows, 64, n, seed=n) for n in tokens]
     sequences = [s._replace(lengths=s.lengths.clamp(min=0)) for s in sequences]
     check(write_batch(sequences), active_heads, 2048)
@@ -125,3 +132,17 @@ def test_rows_alone_or_together():
         assert torch.equal(decode(write_batch(parts), heads, 2048), expected)
     parts = [part(0, 1), part(1, 8), part(8, 12)]
     assert torch.equal(prefill(write_batch(parts), heads, 2048), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("num_heads", [32, 64])
+@pytest.mark.parametrize("options", [{}, {"init_tokens": 3, "output": "slots"}], ids=str)
+def test_routing_and_selection_in_one(rows, num_heads, options):
+    """The same as one after the other, for any number of sequences of any length."""
+    batches = [[131_072], [70_000] * 8, [3000 * b % 20_000 for b in range(200)]]
+    for tokens in batches:
+        sequences = [random_inputs(rows, num_heads, n + rows, seed=n) for n in tokens]
+        batch = write_batch(sequences)
+        heads, out = routed_decode(batch, 8, 1024, 2048, **options)
+        assert torch.equal(heads, route(batch, 8, 1024))
+        assert torch.equal(out, decode(batch, heads, 2048, **options))

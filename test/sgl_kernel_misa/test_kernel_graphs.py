@@ -6,7 +6,14 @@ import torch
 from kernel_batches import make_batch, random_heads, random_inputs, write_batch
 from kernel_checks import check_batch, check_heads, needs_hopper, poison
 from kernel_distributions import distributed
-from kernel_ops import captured, rerank, route, topk_decode, topk_prefill
+from kernel_ops import (
+    captured,
+    rerank,
+    route,
+    route_topk_decode,
+    topk_decode,
+    topk_prefill,
+)
 
 pytestmark = needs_hopper
 
@@ -47,6 +54,23 @@ def test_route_and_rerank_give_the_same_bits_in_every_run():
     check_runs(lambda: rerank(batch, candidates, 2048))
 
 
+@pytest.mark.parametrize("rows_per_seq", [1, 4])
+def test_the_same_bits_in_every_step(rows_per_seq):
+    """The kernels of a step overlap with each other, and those of one step follow those of another without a pause."""
+    sequences = [random_inputs(rows_per_seq, 64, 40_000 + n, seed=n) for n in range(12)]
+    batch = write_batch(sequences)
+    heads, first = route_topk_decode(batch, 8, 1024, 2048)
+    steps, replay = captured(
+        lambda: [route_topk_decode(batch, 8, 1024, 2048)[1] for _ in range(8)]
+    )
+    for _ in range(RUNS):
+        for out in steps:
+            out.fill_(7)
+        replay()
+        for out in steps:
+            assert torch.equal(out, first)
+
+
 @pytest.mark.parametrize("rows_per_seq", [1, 2, 3, 4])
 @pytest.mark.parametrize("active_heads", [8, None])
 def test_the_same_bits_in_every_replay(rows_per_seq, active_heads):
@@ -85,10 +109,9 @@ def test_a_decode_step_in_a_graph(rows_per_seq, rerank_candidates):
     batch = batch_of(0)
 
     def step():
-        heads = route(batch, 8, 1024)
         if not rerank_candidates:
-            return heads, topk_decode(batch, heads, 2048)
-        candidates = topk_decode(batch, heads, rerank_candidates)
+            return route_topk_decode(batch, 8, 1024, 2048)
+        heads, candidates = route_topk_decode(batch, 8, 1024, rerank_candidates)
         return heads, candidates, rerank(batch, candidates, 2048)
 
     (heads, selected, *reranked), replay = captured(step)
@@ -124,7 +147,7 @@ def test_nothing_waits_for_the_gpu():
         for scoring in (heads, None):
             topk_prefill(batch, scoring, 2048)
             topk_decode(batch, scoring, 2048)
-        rerank(batch, topk_decode(batch, heads, 4096), 2048)
+        rerank(batch, route_topk_decode(batch, 8, 1024, 4096)[1], 2048)
 
     all_ops()  # whatever is set up once
     torch.cuda.set_sync_debug_mode("error")

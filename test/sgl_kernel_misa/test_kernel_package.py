@@ -7,7 +7,14 @@ from kernel_checks import needs_hopper
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TOKENS, HEADS, SEQUENCES, PAGES = 12, 64, 3, 40
-OPS = ("update_pooled_keys", "route", "topk_prefill", "topk_decode", "rerank")
+OPS = (
+    "update_pooled_keys",
+    "route",
+    "topk_prefill",
+    "topk_decode",
+    "route_topk_decode",
+    "rerank",
+)
 
 
 def tensors(device):
@@ -34,6 +41,8 @@ PARAMETERS = {
     "route": "q weights pooled_keys page_table cu_rows lengths active_heads block_size",
     "topk_prefill": "q weights heads index_k page_table cu_rows lengths topk",
     "topk_decode": "q weights heads index_k page_table rows_per_seq lengths topk",
+    "route_topk_decode": "q weights pooled_keys index_k page_table cu_rows rows_per_seq lengths active_heads "
+    "block_size topk",
     "rerank": "q weights candidates index_k page_table cu_rows lengths topk",
 }
 NUMBERS = dict(active_heads=8, block_size=1024, topk=2048, rows_per_seq=4)
@@ -65,6 +74,8 @@ def check_results(device):
                 out = call(op, device, topk=topk, output=output)
                 assert out.shape == (TOKENS, topk) and out.dtype == torch.int32
                 assert out.device.type == device
+    heads, out = call("route_topk_decode", device)
+    assert heads.shape == (TOKENS, 8) and out.shape == (TOKENS, 2048)
     for op in ("topk_prefill", "topk_decode"):
         assert call(op, device, heads=None).shape == (TOKENS, 2048)
     assert call("topk_prefill", device, max_context=640).shape == (TOKENS, 2048)
@@ -100,6 +111,9 @@ WRONG = [
     ("topk_decode", "heads", torch.int64),
     ("topk_decode", "page_table", torch.int64),
     ("topk_decode", "lengths", torch.int64),
+    ("route_topk_decode", "pooled_keys", torch.float32),
+    ("route_topk_decode", "cu_rows", torch.int64),
+    ("route_topk_decode", "index_k", torch.int8),
     ("rerank", "candidates", torch.int64),
     ("rerank", "lengths", torch.int64),
 ]
@@ -154,10 +168,12 @@ def test_wrong_shapes_are_named(op, name, shape, device):
         ("route", "block_size", 100),
         ("topk_decode", "rows_per_seq", 0),
         ("topk_decode", "rows_per_seq", 5),
+        ("route_topk_decode", "active_heads", HEADS + 1),
+        ("route_topk_decode", "rows_per_seq", 5),
     ]
     + [
         (op, name, value)
-        for op in ("topk_prefill", "topk_decode", "rerank")
+        for op in ("topk_prefill", "topk_decode", "route_topk_decode", "rerank")
         for name, value in [
             ("topk", 0),
             ("topk", -64),

@@ -4,6 +4,7 @@ from sgl_kernel_misa.library import check_device
 from sgl_kernel_misa.ops import (
     rerank,
     route,
+    route_topk_decode,
     topk_decode,
     topk_prefill,
     update_pooled_keys,
@@ -15,6 +16,7 @@ __all__ = [
     "check_device",
     "rerank",
     "route",
+    "route_topk_decode",
     "topk_decode",
     "topk_prefill",
     "update_pooled_keys",

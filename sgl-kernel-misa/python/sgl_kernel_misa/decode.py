@@ -1,6 +1,9 @@
 """Selection for decode and speculative verify: score all tokens, then select among the scores.
 
-Here the fp32 scores of rows x context are written: they are small beside the keys, which are read once.
+Here the fp32 scores of rows x context are written: they are small beside the keys, which are read once. The kernels overlap:
+keys begin to stream while the router still works, and a sequence is selected from while later ones are scored. That is safe
+because the kernel that comes first in an operation waits for everything before it; what the others need of each other they
+wait for themselves.
 """
 
 from typing import Optional
@@ -18,9 +21,9 @@ from sgl_kernel_misa.tensors import (
 )
 
 MAX_ROWS = 4  # of a sequence
-# Blocks that score, all resident at once, by the heads that the kernel is compiled for: its registers and shared memory
-# leave room for so many on each SM.
-SCORE_BLOCKS = {8: 3 * NUM_SMS, 16: 3 * NUM_SMS, 32: 2 * NUM_SMS, 64: NUM_SMS}
+# Blocks that score, all resident at once, by the heads that the kernel is compiled for. Its registers and shared memory leave
+# room for so many on each SM, and for a block of `decode_select` beside two of few heads.
+SCORE_BLOCKS = {8: 2 * NUM_SMS, 16: 2 * NUM_SMS, 32: 2 * NUM_SMS, 64: NUM_SMS}
 
 
 def select(
@@ -33,12 +36,19 @@ def select(
     lengths: torch.Tensor,
     out: torch.Tensor,
     *,
+    progress: Optional[torch.Tensor] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
 ) -> None:
-    """Write the selections of `ops.topk_decode` to `out`, int32 [T, topk]."""
+    """Write the selections of `ops.topk_decode` to `out`, int32 [T, topk].
+
+    Args:
+        progress: int32 [B], cleared by the kernel before this one; None for a tensor of its own.
+    """
+    if progress is None:
+        progress = lengths.new_zeros(page_table.shape[0])
     active = all_heads(q) if heads is None else heads
     rows, topk = out.shape
     batch, max_pages = page_table.shape
@@ -61,9 +71,10 @@ def select(
         scales=scales,
         **table,
         lengths=lengths,
+        progress=progress,
         scores=scores,
         rows_per_seq=rows_per_seq,
-        splits=max(1, min(max_pages, SCORE_BLOCKS[compiled] // batch)),
+        blocks=SCORE_BLOCKS[compiled],
         topk=topk,
         init_tokens=init_tokens,
         local_tokens=local_tokens,
@@ -78,6 +89,7 @@ def select(
         scores=scores,
         **table,
         lengths=lengths,
+        progress=progress,
         offsets=no_offsets(lengths) if offsets is None else offsets,
         out=out,
         rows_per_seq=rows_per_seq,

@@ -15,7 +15,7 @@ graphs. Shapes used throughout, T rows of queries of B sequences:
 Source of the method: MISA, arXiv 2605.07363.
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from sgl_kernel_misa import checks, decode, prefill, reranking, routing
@@ -360,6 +360,113 @@ def topk_decode(
         page_table,
         rows_per_seq,
         lengths,
+        topk,
+        init_tokens=init_tokens,
+        local_tokens=local_tokens,
+        output=output,
+        offsets=offsets,
+    )
+
+
+@_register(
+    "route_topk_decode(Tensor q, Tensor weights, Tensor pooled_keys, Tensor index_k, Tensor page_table, "
+    "Tensor cu_rows, int rows_per_seq, Tensor lengths, int active_heads, int block_size, int topk, *, "
+    'int init_tokens=0, int local_tokens=0, str output="positions", Tensor? offsets=None) -> (Tensor, Tensor)'
+)
+def _route_topk_decode(q, weights, pooled_keys, index_k, page_table, cu_rows, rows_per_seq, lengths, active_heads, block_size, topk, **options):  # fmt: skip
+    heads, out = _route_topk_decode_output(
+        q,
+        weights,
+        pooled_keys,
+        index_k,
+        page_table,
+        cu_rows,
+        rows_per_seq,
+        lengths,
+        active_heads,
+        block_size,
+        topk,
+        **options,
+    )
+    if q.shape[0] > 0:
+        progress = lengths.new_empty(page_table.shape[0])
+        routing.route(
+            q,
+            weights,
+            pooled_keys,
+            page_table,
+            cu_rows,
+            lengths,
+            block_size,
+            heads,
+            progress,
+        )
+        decode.select(
+            q,
+            weights,
+            heads,
+            index_k,
+            page_table,
+            rows_per_seq,
+            lengths,
+            out,
+            progress=progress,
+            **options,
+        )
+    return heads, out
+
+
+@_fake("route_topk_decode")
+def _route_topk_decode_output(q, weights, pooled_keys, index_k, page_table, cu_rows, rows_per_seq, lengths, active_heads, block_size, topk, **options):  # fmt: skip
+    heads = _route_output(
+        q, weights, pooled_keys, page_table, cu_rows, lengths, active_heads, block_size
+    )
+    out = _topk_decode_output(
+        q, weights, heads, index_k, page_table, rows_per_seq, lengths, topk, **options
+    )
+    return heads, out
+
+
+def route_topk_decode(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    pooled_keys: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    rows_per_seq: int,
+    lengths: torch.Tensor,
+    active_heads: int,
+    block_size: int,
+    topk: int,
+    *,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """`route`, then `topk_decode` with its heads, faster than the two: the keys begin to stream while the router works.
+
+    Args:
+        cu_rows: 0, rows_per_seq, 2 * rows_per_seq, ...
+
+    Returns:
+        the heads, int32 [T, active_heads], and the selection, int32 [T, topk].
+
+    Raises:
+        ValueError: a dtype, a shape or a number is wrong.
+    """
+    return torch.ops.sgl_kernel_misa.route_topk_decode(
+        q,
+        weights,
+        pooled_keys,
+        index_k,
+        page_table,
+        cu_rows,
+        rows_per_seq,
+        lengths,
+        active_heads,
+        block_size,
         topk,
         init_tokens=init_tokens,
         local_tokens=local_tokens,

@@ -1,5 +1,7 @@
 """Routing: pool the complete blocks of every sequence, then choose every row's heads."""
 
+from typing import Optional
+
 import torch
 from sgl_kernel_misa.checks import HEAD_DIM, PAGE_SIZE
 from sgl_kernel_misa.library import launch
@@ -14,8 +16,9 @@ def route(
     lengths: torch.Tensor,
     block_size: int,
     out: torch.Tensor,
+    progress: Optional[torch.Tensor] = None,
 ) -> None:
-    """Write the heads of `ops.route` to `out`, int32 [T, active_heads]."""
+    """Write the heads of `ops.route` to `out`, int32 [T, active_heads]; clears `progress`, int32 [B], for `decode.select`."""
     batch, max_pages = page_table.shape
     block_pages = block_size // PAGE_SIZE
     blocks = max(1, max_pages // block_pages)
@@ -33,7 +36,9 @@ def route(
         blocks=blocks,
         rows=q.shape[0],
     )
-    launch("pool_blocks", out=pooled_blocks, **common)
+    if progress is None:
+        progress = lengths.new_empty(batch)
+    launch("pool_blocks", progress=progress, out=pooled_blocks, **common)
     launch(
         f"route_{q.shape[1]}",
         q=q,

@@ -66,29 +66,45 @@ class MisaIndexer:
         if all_dense or config.active_heads >= q.shape[1]:
             best = self._best(q, weights, None, index_k, batch, self.topk, **form)
             return Selection(best)
-        ops = operations(q.device)
-        pages, cu_rows, lengths = batch.page_table, batch.cu_rows, batch.lengths
-        active = config.active_heads, config.block_size
-        heads = ops.route(q, weights, pooled_keys, pages, cu_rows, lengths, *active)
         if config.rerank_candidates:
-            candidates = self._best(
-                q, weights, heads, index_k, batch, config.rerank_candidates
-            )
-            cache = index_k, pages, cu_rows, lengths
-            indices = ops.rerank(
-                q, weights, candidates, *cache, self.topk, **form, **self.forced
+            first = q, weights, index_k, pooled_keys, batch, config.rerank_candidates
+            heads, candidates = self._routed(*first)
+            indices = operations(q.device).rerank(
+                q,
+                weights,
+                candidates,
+                index_k,
+                batch.page_table,
+                batch.cu_rows,
+                batch.lengths,
+                self.topk,
+                **form,
+                **self.forced,
             )
         else:
-            indices = self._best(q, weights, heads, index_k, batch, self.topk, **form)
+            rows = q, weights, index_k, pooled_keys, batch, self.topk
+            heads, indices = self._routed(*rows, **form)
         if not some_dense:
             return Selection(indices, heads)
 
         # Rows that see too few tokens are not a contiguous part of the batch. All rows are scored again, as if none saw
         # more than those do: no row is gathered, and the host need not know which they are.
-        dense = lengths < config.min_context
+        dense = batch.lengths < config.min_context
         short = batch.truncated(config.min_context - 1)
         best = self._best(q, weights, None, index_k, short, self.topk, **form)
         return Selection(torch.where(dense[:, None], best, indices), heads, dense)
+
+    def _routed(self, q, weights, index_k, pooled_keys, batch, topk, **form):
+        """The active heads of every row, and the `topk` tokens of highest score by them."""
+        ops, config = operations(q.device), self.config
+        active = config.active_heads, config.block_size
+        pages, cu_rows, lengths = batch.page_table, batch.cu_rows, batch.lengths
+        if batch.bounds is None:
+            cache = pooled_keys, index_k, pages, cu_rows, 1, lengths
+            options = {**form, **self.forced}
+            return ops.route_topk_decode(q, weights, *cache, *active, topk, **options)
+        heads = ops.route(q, weights, pooled_keys, pages, cu_rows, lengths, *active)
+        return heads, self._best(q, weights, heads, index_k, batch, topk, **form)
 
     def _best(self, q, weights, heads, index_k, batch, topk, **form) -> torch.Tensor:
         """The `topk` tokens of highest score by `heads`, or by all heads where that is None."""

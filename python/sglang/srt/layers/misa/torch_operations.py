@@ -146,6 +146,44 @@ def topk_decode(
     )
 
 
+def route_topk_decode(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    pooled_keys: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    rows_per_seq: int,
+    lengths: torch.Tensor,
+    active_heads: int,
+    block_size: int,
+    topk: int,
+    *,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """`route`, then `topk_decode` with its heads -> heads, selection."""
+    active = active_heads, block_size
+    heads = route(q, weights, pooled_keys, page_table, cu_rows, lengths, *active)
+    selected = topk_decode(
+        q,
+        weights,
+        heads,
+        index_k,
+        page_table,
+        rows_per_seq,
+        lengths,
+        topk,
+        init_tokens=init_tokens,
+        local_tokens=local_tokens,
+        output=output,
+        offsets=offsets,
+    )
+    return heads, selected
+
+
 def rerank(
     q: torch.Tensor,
     weights: torch.Tensor,
