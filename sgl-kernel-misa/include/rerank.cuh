@@ -6,56 +6,91 @@
 
 namespace misa {
 
-// Number of entries of a list before its first -1.
+// The slots of the cache of the listed positions, and how many these are: the list ends at its first -1.
 template <int THREADS>
-__device__ __forceinline__ int list_length(const int* list, int capacity, int* scratch) {
-  int mine = 0, total;
-  for (int i = threadIdx.x; i < capacity; i += THREADS) mine += list[i] >= 0;
-  block_exclusive_scan<THREADS>(mine, scratch, total);
-  return total;
-}
-
-// The slots of the cache of the listed positions.
-template <int THREADS>
-__device__ __forceinline__ void list_slots(const int* list, int count, const int* pages, unsigned* slots) {
+__device__ __forceinline__ int list_slots(const int* list, int capacity, const int* pages, unsigned* slots, int* scratch) {
+  int mine = 0, count;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < count; i += THREADS) slots[i] = slot_of(list[i], pages);
+  for (int i = threadIdx.x; i < capacity; i += THREADS) {
+    const int position = list[i];
+    slots[i] = slot_of(max(position, 0), pages);  // without a condition, so that all loads are under way together
+    mine += position >= 0;
+  }
+  block_exclusive_scan<THREADS>(mine, scratch, count);
+  return count;
 }
 
-// Selects `need` of `count` listed positions, given their scores as ordered keys, and writes them in the order of the list.
+// Selects `need` of `count` listed positions, given their scores as ordered keys, and writes them in the order of the list,
+// which is ascending: of equal scores, too, the first are selected. histogram: kBins ints, 16-byte aligned.
 template <int THREADS>
-__device__ __forceinline__ void select_listed(const int* list, const unsigned* scores, int count, int need, int* bins,
-                                              int* state_, int* scratch, int form, const int* pages, int offset, int* out) {
-  radix_begin(state_, need);
-  const RadixState* state = radix_state(state_);
-  __syncthreads();
-  for (int digit = 0; digit < kDigits && !state->done; ++digit) {
+__device__ __forceinline__ void select_listed(const int* list, const unsigned* scores, int count, int need, void* histogram,
+                                              int* scratch, int form, const int* pages, int offset, int* out) {
+  int* const bins = (int*)histogram;
+  // Scores with a larger prefix are selected, and `need` of those that share it.
+  unsigned prefix = 0;
+  int left = 32;
+  for (bool settled = need == count; left > 0 && !settled;) {
+    const int width = min(left, 11);
+    left -= width;
     clear_bins<THREADS>(bins);
     __syncthreads();
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += THREADS) radix_count(state, scores[i], list[i], bins);
-    radix_advance<THREADS>(state_, bins, scratch);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+      const unsigned key = scores[i] >> left;
+      if (key >> width == prefix) atomicAdd(&bins[key & ((1u << width) - 1)], 1);
+    }
+    __syncthreads();
+    find_bin<THREADS>(bins, need, scratch, scratch + 32);
+    prefix = prefix << width | (unsigned)scratch[32];
+    need -= scratch[33];
+    settled = need == scratch[34];
   }
+  const auto above = [&](int i) { return left < 32 && scores[i] >> left > prefix; };
+  const auto tied = [&](int i) { return left == 32 || scores[i] >> left == prefix; };
+
   // Each warp takes a contiguous part of the list: it counts its own, then writes behind those of the warps before.
-  constexpr int kWarps = THREADS / 32;
+  constexpr int kWarps = THREADS / 32, kUnroll = 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int share = (count + kWarps * 32 - 1) / (kWarps * 32) * 32;
   const int first = warp * share, last = min(first + share, count);
-  int mine = 0;
+  int num_above = 0, num_tied = 0;
 #pragma unroll 4
-  for (int i = first + lane; i < last; i += 32) mine += radix_selected(state, scores[i], list[i]);
-  mine = __reduce_add_sync(0xffffffffu, mine);
-  if (lane == 0) scratch[warp] = mine;
+  for (int i = first + lane; i < last; i += 32) {
+    num_above += above(i);
+    num_tied += tied(i);
+  }
+  num_above = __reduce_add_sync(0xffffffffu, num_above);
+  num_tied = __reduce_add_sync(0xffffffffu, num_tied);
+  __syncthreads();
+  if (lane == 0) {
+    scratch[warp] = num_above;
+    scratch[kWarps + warp] = num_tied;
+  }
   __syncthreads();
   int slot = 0;
-  for (int i = 0; i < warp; ++i) slot += scratch[i];
-#pragma unroll 4
-  for (int base = first; base < last; base += 32) {
-    const int i = base + lane, position = i < last ? list[i] : 0;
-    const bool selected = i < last && radix_selected(state, scores[i], position);
-    const unsigned vote = __ballot_sync(0xffffffffu, selected);
-    if (selected) out[slot + __popc(vote & ((1u << lane) - 1))] = output_index(position, form, pages, offset);
-    slot += __popc(vote);
+  for (int i = 0; i < warp; ++i) {
+    const int taken = min(scratch[kWarps + i], need);
+    slot += scratch[i] + taken;
+    need -= taken;
+  }
+  for (int base = first; base < last; base += 32 * kUnroll) {
+    int to[kUnroll], position[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * 32 + lane;
+      const unsigned before = (1u << lane) - 1;
+      const unsigned ties = __ballot_sync(0xffffffffu, i < last && tied(i));
+      const bool selected = i < last && (above(i) || (tied(i) && __popc(ties & before) < need));
+      const unsigned vote = __ballot_sync(0xffffffffu, selected);
+      to[u] = selected ? slot + __popc(vote & before) : -1;
+      position[u] = selected ? list[i] : 0;
+      slot += __popc(vote);
+      need -= min(__popc(ties), need);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (to[u] >= 0) out[to[u]] = output_index(position[u], form, pages, offset);
+    }
   }
 }
 

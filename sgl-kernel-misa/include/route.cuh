@@ -3,12 +3,13 @@
 
 namespace misa {
 
-// Adds relu of a row's dot products with 64 pooled keys, m64n64 accumulator, to sums[rr].
+// Adds relu of a row's dot products with BLOCKS pooled keys, an m64 accumulator, to sums[rr].
+template <int BLOCKS>
 __device__ __forceinline__ void add_relu(const float* acc, float* sums) {
 #pragma unroll
   for (int rr = 0; rr < 2; ++rr) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < BLOCKS / 8; ++i) {
 #pragma unroll
       for (int b = 0; b < 2; ++b) sums[rr] += fmaxf(acc[i * 4 + rr * 2 + b], 0.f);
     }

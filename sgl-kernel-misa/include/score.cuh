@@ -33,17 +33,18 @@ __device__ __forceinline__ void sum_heads(const float* acc, const float* weights
   }
 }
 
-// Adds one page's scores to a lane's words of two bit planes: words[g] gets the bits of scores over high[g],
-// words[GROUPS + g] of those not under low[g]. first_bit is 1 << 2 * (page % 16).
+// Adds one page's scores to a lane's words of two bit planes, words[g] and words[GROUPS + g]: bits 11 for scores over high[g],
+// 10 for others over middle[g], 01 for others not under low[g]. first_bit is 1 << 2 * (page % 16).
 template <int GROUPS>
-__device__ __forceinline__ void mark_page(const float* score, const float* high, const float* low, unsigned first_bit,
-                                          unsigned* words) {
+__device__ __forceinline__ void mark_page(const float* score, const float* high, const float* middle, const float* low,
+                                          unsigned first_bit, unsigned* words) {
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
 #pragma unroll
     for (int rr = 0; rr < 2; ++rr) {
-      if (score[g * 2 + rr] > high[g]) words[g] |= first_bit << rr;
-      if (score[g * 2 + rr] >= low[g]) words[GROUPS + g] |= first_bit << rr;
+      const float value = score[g * 2 + rr];
+      if (value > middle[g]) words[g] |= first_bit << rr;
+      if ((value > high[g]) ^ (value > middle[g]) ^ (value >= low[g])) words[GROUPS + g] |= first_bit << rr;
     }
   }
 }

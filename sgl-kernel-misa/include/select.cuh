@@ -9,56 +9,70 @@ namespace misa {
 // Words of a plane that a thread reads at a time: as many loads are under way together.
 constexpr int kBatch = 8;
 
-// What is known about a row once its bits are counted: the tokens of plane 0 ("above") are selected, and some of the
-// candidates, the bits of plane 1 ("within") without those of plane 0. So they stand after scoring if the thresholds
-// bracket the k-th score. If not, this makes it so: with more than k above the high threshold these become the candidates,
-// with fewer than k over the low one the candidates are all the others.
-// result: how many candidates there are, how many of them are to be selected, whether they are known to tie, whether they
-// lie between the thresholds.
+// A plane as `classify` leaves it. Of two planes one is "above": the tokens to be selected whatever the candidates' scores
+// are have their bits there, and candidates get theirs. The candidates are the bits of the other plane, "within", without
+// those above. narrow: what is above counts only if it is within as well.
+__device__ __forceinline__ unsigned selected_bits(unsigned above, unsigned within, bool narrow) {
+  return narrow ? above & within : above;
+}
+
+// What is known about a row once its bits are counted. Scoring left bits 11 over the high threshold, 10 down to the middle
+// one, 01 down to the low one (planes 0 and 1). So
+// - with the k-th score between middle and high, plane 1 is above (narrow) and plane 0 within,
+// - with the k-th score between low and middle, plane 0 is above and plane 1 within,
+// - and if the thresholds do not bracket it, this rewrites the planes as in the second case: with more than k over the high
+//   threshold these become the candidates, with fewer than k down to the low one the candidates are all the others.
+// result: how many candidates there are, how many of them are to be selected, whether they are known to tie, and 2, 1 or 0
+// for the three cases.
 template <int THREADS>
-__device__ __forceinline__ void classify(unsigned* above, unsigned* within, int words, int length, int k,
+__device__ __forceinline__ void classify(unsigned* plane0, unsigned* plane1, int words, int length, int k,
                                          const float* threshold, int* scratch, int* result) {
-  int high = 0, low = 0;
+  constexpr int kWarps = THREADS / 32;
+  int high = 0, middle = 0, low = 0;
   for (int first = threadIdx.x; first < words; first += THREADS * kBatch) {
     unsigned a[kBatch], b[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       const int i = first + u * THREADS;
-      a[u] = i < words ? above[i] : 0;
-      b[u] = i < words ? within[i] : 0;
+      a[u] = i < words ? plane0[i] : 0;
+      b[u] = i < words ? plane1[i] : 0;
     }
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      high += __popc(a[u]);
-      low += __popc(b[u]);
+      high += __popc(a[u] & b[u]);
+      middle += __popc(a[u]);
+      low += __popc(a[u] | b[u]);
     }
   }
   high = __reduce_add_sync(0xffffffffu, high);
+  middle = __reduce_add_sync(0xffffffffu, middle);
   low = __reduce_add_sync(0xffffffffu, low);
   if (threadIdx.x % 32 == 0) {
     scratch[threadIdx.x / 32] = high;
-    scratch[32 + threadIdx.x / 32] = low;
+    scratch[kWarps + threadIdx.x / 32] = middle;
+    scratch[2 * kWarps + threadIdx.x / 32] = low;
   }
   __syncthreads();
-  int num_high = 0, num_low = 0;
+  high = middle = low = 0;
 #pragma unroll
-  for (int i = 0; i < THREADS / 32; ++i) {
-    num_high += scratch[i];
-    num_low += scratch[32 + i];
+  for (int i = 0; i < kWarps; ++i) {
+    high += scratch[i];
+    middle += scratch[kWarps + i];
+    low += scratch[2 * kWarps + i];
   }
-  const bool over = num_high > k, under = !over && num_low < k;
+  const bool over = high > k, under = low < k, upper = middle >= k;
   if (over || under) {
     for (int i = threadIdx.x; i < words; i += THREADS) {
-      const unsigned known = over ? 0 : within[i];
-      within[i] = over ? above[i] : plane_visible(i, length) & ~known;
-      above[i] = known;
+      const unsigned a = plane0[i], b = plane1[i];
+      plane0[i] = over ? 0 : a | b;
+      plane1[i] = over ? a & b : plane_visible(i, length);
     }
   }
   if (threadIdx.x == 0) {
-    result[0] = over ? num_high : under ? length - num_low : num_low - num_high;
-    result[1] = over ? k : under ? k - num_low : k - num_high;
-    result[2] = !over && !under && threshold[0] == threshold[1];
-    result[3] = !over && !under;
+    result[0] = over ? high : under ? length - low : upper ? middle - high : low - middle;
+    result[1] = k - (over ? 0 : under ? low : upper ? high : middle);
+    result[2] = !over && !under && !upper && threshold[1] == threshold[2];
+    result[3] = over || under ? 0 : upper ? 2 : 1;
   }
   __syncthreads();
 }
@@ -100,9 +114,13 @@ __device__ __forceinline__ void mark_selected(unsigned* plane, int position) {
   atomicOr(&plane[word], 1u << bit);
 }
 
-// Candidates between the thresholds (bracketed) differ in fewer bits than any.
-__device__ __forceinline__ void radix_begin_between(int* state, int need, bool bracketed, const float* threshold) {
-  radix_begin(state, need, bracketed ? ordered(threshold[1]) : 0, bracketed ? ordered(threshold[0]) : 0xffffffffu);
+// Candidates between two thresholds differ in fewer bits than any. bracket: result[3] of `classify`.
+__device__ __forceinline__ void radix_begin_between(int* state, int need, int bracket, const float* threshold) {
+  if (bracket == 0) {
+    radix_begin(state, need);
+  } else {
+    radix_begin(state, need, ordered(threshold[3 - bracket]), ordered(threshold[2 - bracket]));
+  }
 }
 
 // A digit below kDigits counts the entry, the round after that selects it if its key is among the largest.
@@ -116,11 +134,11 @@ __device__ __forceinline__ void radix_visit(int* state_, int digit, unsigned sco
   }
 }
 
-// Writes the selected positions in ascending order: the bits of `above`, and the first `extra` candidates.
+// Writes the selected positions in ascending order: the selected bits, and the first `extra` candidates.
 // Each warp takes a contiguous part of the spans. The words were written by this block, through L2.
 template <int THREADS>
-__device__ __forceinline__ void emit(const unsigned* above, const unsigned* within, int words, int extra, int form,
-                                     const int* pages, int offset, int* scratch, int* out) {
+__device__ __forceinline__ void emit(const unsigned* above, const unsigned* within, int words, bool narrow, int extra,
+                                     int form, const int* pages, int offset, int* scratch, int* out) {
   constexpr int kWarps = THREADS / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int spans = words / 32, share = (spans + kWarps - 1) / kWarps;
@@ -129,8 +147,9 @@ __device__ __forceinline__ void emit(const unsigned* above, const unsigned* with
 #pragma unroll 4
   for (int span = first; span < last; ++span) {
     const unsigned word = __ldcg(&above[span * 32 + lane]);
-    selected += __popc(word);
-    if (extra) ties += __popc(__ldcg(&within[span * 32 + lane]) & ~word);
+    const unsigned other = narrow || extra ? __ldcg(&within[span * 32 + lane]) : 0;
+    selected += __popc(selected_bits(word, other, narrow));
+    if (extra) ties += __popc(other & ~word);
   }
   selected = __reduce_add_sync(0xffffffffu, selected);
   ties = __reduce_add_sync(0xffffffffu, ties);
@@ -147,11 +166,16 @@ __device__ __forceinline__ void emit(const unsigned* above, const unsigned* with
   }
   slot += min(extra, before);
   int room = min(max(extra - before, 0), ties);
-  unsigned next = first < last ? __ldcg(&above[first * 32 + lane]) : 0;
+  unsigned next = 0, next_within = ~0u;
+  const auto load = [&](int span) {
+    if (span < last) next = __ldcg(&above[span * 32 + lane]);
+    if (span < last && narrow) next_within = __ldcg(&within[span * 32 + lane]);
+  };
+  load(first);
   for (int span = first; span < last; ++span) {
     const unsigned stored = next;
-    if (span + 1 < last) next = __ldcg(&above[(span + 1) * 32 + lane]);
-    unsigned word = natural_order(stored);
+    unsigned word = natural_order(selected_bits(next, next_within, narrow));
+    load(span + 1);
     if (room > 0) {  // uniform in the warp
       unsigned tied = natural_order(__ldcg(&within[span * 32 + lane]) & ~stored);
       const int inclusive = warp_inclusive_scan(__popc(tied));

@@ -1,4 +1,4 @@
-// Two order statistics of a row's sampled scores.
+// Order statistics of a row's sampled scores.
 #pragma once
 
 #include "block.cuh"
@@ -14,29 +14,91 @@ __device__ __forceinline__ void sample_ranks(int samples, int length, int k, flo
   low = (int)(expected + 5.f * sqrtf(expected) + 5.f);
 }
 
-// out[0]: a score that fewer than k of the row's scores should exceed; out[1]: one that at least k should reach.
-// A misjudgement costs time in `select`, nothing else. Both the same: all scores that reach it are equal to it or above.
+// A score between the two, about half a standard deviation under the expected k-th one: there the candidates of either side
+// are fewest on average. The ranks of scores in a tail grow exponentially, near enough; where it is put is of no
+// consequence but for time.
+__device__ __forceinline__ float middle_threshold(int samples, int length, int k, int high_rank, int low_rank, float high,
+                                                  float low) {
+  const float expected = (float)k * samples / length;
+  const float share = logf(low_rank / (expected + 0.5f * sqrtf(expected))) / logf((float)low_rank / high_rank);
+  return fminf(fmaxf(low + (high - low) * share, low), high);
+}
+
+// Two bins at once: that of the `high_need`-th largest entry of one histogram and that of the `low_need`-th of another, which
+// may be the same one; both 16-byte aligned and with as many entries. result: bin and entries above it, of each.
+template <int THREADS>
+__device__ __forceinline__ void find_two_bins(const int* high_bins, const int* low_bins, int high_need, int low_need,
+                                              unsigned long long* scratch, int* result) {
+  constexpr int kPer = kBins / THREADS;
+  static_assert(kPer % 4 == 0, "a thread reads its bins four at a time");
+  const int first = kBins - kPer * (threadIdx.x + 1);  // threads take the bins in descending order
+  int high[kPer], low[kPer];
+#pragma unroll
+  for (int i = 0; i < kPer; i += 4) {
+    *reinterpret_cast<int4*>(high + i) = *reinterpret_cast<const int4*>(high_bins + first + i);
+    *reinterpret_cast<int4*>(low + i) = *reinterpret_cast<const int4*>(low_bins + first + i);
+  }
+  // The two sums share one scan, 32 bits each.
+  unsigned long long mine = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) mine += (unsigned long long)low[i] << 32 | (unsigned)high[i];
+  unsigned long long inclusive = mine;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const unsigned long long other = __shfl_up_sync(0xffffffffu, inclusive, offset);
+    if ((threadIdx.x & 31) >= offset) inclusive += other;
+  }
+  if ((threadIdx.x & 31) == 31) scratch[threadIdx.x / 32] = inclusive;
+  __syncthreads();
+  unsigned long long before = inclusive - mine;
+#pragma unroll
+  for (int i = 0; i < THREADS / 32; ++i) {
+    if (i < threadIdx.x / 32) before += scratch[i];
+  }
+  int high_above = (int)(unsigned)before, low_above = (int)(before >> 32);
+#pragma unroll
+  for (int i = kPer - 1; i >= 0; --i) {
+    if (high_above < high_need && high_above + high[i] >= high_need) {  // of all bins, one
+      result[0] = first + i;
+      result[1] = high_above;
+    }
+    if (low_above < low_need && low_above + low[i] >= low_need) {
+      result[2] = first + i;
+      result[3] = low_above;
+    }
+    high_above += high[i];
+    low_above += low[i];
+  }
+  __syncthreads();
+}
+
+// out[0]: a score that fewer than k of the row's scores should exceed; out[2]: one that at least k should reach; out[1]: one
+// between them. A misjudgement costs time in `select`, nothing else. All the same: the scores that reach it are equal to it
+// or above.
 //
-// Two passes find the first 22 bits of the two scores, whose lower and upper edge do as well; only where these are the same,
-// as with many equal scores, a third one finds the rest.
+// Two passes find the first 22 bits of the two outer scores, whose lower and upper edge do as well; only where these are the
+// same, as with many equal scores, a third one finds the rest. bins: 2 * kBins, scratch: 64 ints; both 16-byte aligned.
 template <int THREADS>
 __device__ __forceinline__ void thresholds(const float* scores, int length, int k, int deviations, int* bins, int* scratch,
                                            float* out) {
   constexpr int kBatch = 8;
   int* const low_bins = bins + kBins;
+  int* const result = scratch + 32;
   // Samples are in the order of their positions.
   int samples = length / kSampleStride;
   if (sample_position(samples) < length) ++samples;
-  int high_need, low_need;
-  sample_ranks(samples, length, k, deviations, high_need, low_need);
-  const bool no_high = high_need < 1, no_low = low_need > samples;
-  high_need = max(high_need, 1);
-  low_need = min(low_need, samples);
+  int high_rank, low_rank;
+  sample_ranks(samples, length, k, deviations, high_rank, low_rank);
+  const bool no_high = high_rank < 1, no_low = low_rank > samples;
+  high_rank = max(high_rank, 1);
+  low_rank = min(low_rank, samples);
+  int high_need = high_rank, low_need = low_rank, left = 32;
   unsigned high = 0, low = 0;
 #pragma unroll 1
-  for (int digit = 0; digit < 3; ++digit) {
-    if (digit == 2 && high != low) break;
-    const int width = digit < 2 ? 11 : 10, shift = digit < 2 ? 21 - 11 * digit : 0;
+  for (int digit = 0; digit < 3 && (digit < 2 || high == low); ++digit) {
+    const int width = min(left, 11);
+    left -= width;
+    const bool apart = high != low;
     clear_bins<THREADS>(bins, 2 * kBins);
     __syncthreads();
     for (int first = threadIdx.x; first < samples; first += THREADS * kBatch) {
@@ -48,34 +110,27 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        const unsigned key = ordered(value[u]);
-        const unsigned prefix = digit ? key >> (shift + width) : 0, bin = key >> shift & ((1u << width) - 1);
+        const unsigned key = ordered(value[u]) >> left;
+        const unsigned prefix = digit ? key >> width : 0, bin = key & ((1u << width) - 1);
         if (first + u * THREADS >= samples) continue;
         if (prefix == high) atomicAdd(&bins[bin], 1);
-        if (digit && prefix == low && low != high) atomicAdd(&low_bins[bin], 1);
+        if (apart && prefix == low) atomicAdd(&low_bins[bin], 1);
       }
     }
     __syncthreads();
-    find_bin<THREADS>(low == high ? bins : low_bins, low_need, scratch, scratch + 32);
-    const unsigned low_bin = scratch[32];
-    low_need -= scratch[33];
-    __syncthreads();
-    find_bin<THREADS>(bins, high_need, scratch, scratch + 32);
-    low = low << width | low_bin;
-    high = high << width | (unsigned)scratch[32];
-    high_need -= scratch[33];
-    __syncthreads();
-    if (digit == 2) {
-      if (threadIdx.x == 0) {
-        out[0] = no_high ? __int_as_float(0x7f800000) : from_ordered(high);
-        out[1] = no_low ? __int_as_float(0xff800000) : from_ordered(low);
-      }
-      return;
-    }
+    find_two_bins<THREADS>(bins, apart ? low_bins : bins, high_need, low_need,
+                           reinterpret_cast<unsigned long long*>(scratch), result);
+    high = high << width | (unsigned)result[0];
+    high_need -= result[1];
+    low = low << width | (unsigned)result[2];
+    low_need -= result[3];
   }
   if (threadIdx.x == 0) {
-    out[0] = no_high ? __int_as_float(0x7f800000) : from_ordered(high << 10 | 0x3ffu);
-    out[1] = no_low ? __int_as_float(0xff800000) : from_ordered(low << 10);
+    const float upper = no_high ? __int_as_float(0x7f800000) : from_ordered(high << left | ((1u << left) - 1));
+    const float lower = no_low ? __int_as_float(0xff800000) : from_ordered(low << left);
+    out[0] = upper;
+    out[1] = no_high || no_low ? upper : middle_threshold(samples, length, k, high_rank, low_rank, upper, lower);
+    out[2] = lower;
   }
 }
 

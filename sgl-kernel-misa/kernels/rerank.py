@@ -7,7 +7,7 @@ from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS, get_gather_keys
 
 THREADS = 256
 TILE = 128
-STAGES = 3  # tiles on the chip: one is scored while two are gathered
+STAGES = 2  # tiles on the chip: one is scored while the next is gathered; so three CTAs fit on an SM
 
 
 def get_rerank_kernel(num_heads: int, capacity: int):
@@ -44,19 +44,16 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                 '#include "gather.cuh"\n#include "score.cuh"\n#include "rerank.cuh"\n'
             )
             scores = T.alloc_shared((capacity,), T.uint32)
-            bins = T.alloc_shared((2048,), T.int32)
             q_shared = T.alloc_shared((num_heads, 128), T.float8_e4m3fn)
             k_shared = T.alloc_shared((STAGES, TILE, 128), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, TILE), T.float32)
             scratch = T.alloc_shared((64,), T.int32)
-            state = T.alloc_shared((8,), T.int32)
             acc = T.alloc_fragment((TILE, num_heads), T.float32)
             gate = T.alloc_local((num_heads // 4,), T.float32)
             scale = T.alloc_local((2,), T.float32)
             score = T.alloc_local((2,), T.float32)
             count = T.alloc_var(T.int32)
             offset = T.alloc_var(T.int32)
-            position = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
             entry = tx // 32 * 16 + tx % 32 // 4
             seq = T.call_extern(
@@ -64,11 +61,14 @@ def get_rerank_kernel(num_heads: int, capacity: int):
             )
             count = 0
             if seq < batch:
+                # An entry is a slot until its key is gathered, then a score.
                 count = T.call_extern(
                     "int32",
-                    f"misa::list_length<{THREADS}>",
+                    f"misa::list_slots<{THREADS}>",
                     T.address_of(candidates[row, 0]),
                     candidates_,
+                    T.address_of(page_table[seq, 0]),
+                    T.address_of(scores[0]),
                     T.address_of(scratch[0]),
                 )
             offset = 0
@@ -87,16 +87,12 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                 for i in T.unroll(num_heads // 8):
                     for b in T.unroll(2):
                         gate[i * 2 + b] = weights[row, i * 8 + tx % 4 * 2 + b]
-                # An entry is a slot until its key is gathered, then a score.
                 T.call_extern(
                     "handle",
-                    f"misa::list_slots<{THREADS}>",
-                    T.address_of(candidates[row, 0]),
-                    count,
-                    T.address_of(page_table[seq, 0]),
+                    f"misa::fill_last_tile<{THREADS}, {TILE}>",
                     T.address_of(scores[0]),
+                    count,
                 )
-                T.sync_threads()
                 for tile in T.unroll(STAGES - 1):
                     gather_keys(keys, scales, scores, tile, count, k_shared, s_shared)
                 for tile in T.serial(T.ceildiv(count, TILE)):
@@ -129,20 +125,23 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                         scale.data,
                         score.data,
                     )
-                    for rr in T.unroll(2):
-                        if tx % 4 == 0 and tile * TILE + entry + rr * 8 < count:
-                            # Without forced tokens, nobody waits for a position here.
-                            if init_tokens + local_tokens > 0:
-                                position = candidates[row, tile * TILE + entry + rr * 8]
-                                if (
-                                    position < init_tokens
-                                    or position >= lengths[row] - local_tokens
-                                ):
-                                    score[rr] = T.infinity(T.float32)
+                    # Entries that only fill up the last tile get scores too; nobody looks at them.
+                    if tx % 4 == 0:
+                        for rr in T.unroll(2):
                             scores[tile * TILE + entry + rr * 8] = T.call_extern(
                                 "uint32", "misa::ordered", score[rr]
                             )
                     T.sync_threads()
+                if init_tokens + local_tokens > 0:
+                    T.call_extern(
+                        "handle",
+                        f"misa::force_listed<{THREADS}>",
+                        T.address_of(candidates[row, 0]),
+                        T.address_of(scores[0]),
+                        count,
+                        init_tokens,
+                        lengths[row] - local_tokens,
+                    )
                 T.call_extern(
                     "handle",
                     f"misa::select_listed<{THREADS}>",
@@ -150,8 +149,7 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                     T.address_of(scores[0]),
                     count,
                     T.min(count, topk),
-                    T.address_of(bins[0]),
-                    T.address_of(state[0]),
+                    T.address_of(k_shared[0, 0, 0]),  # free by now: the histogram
                     T.address_of(scratch[0]),
                     form,
                     T.address_of(page_table[seq, 0]),

@@ -8,7 +8,7 @@ import tilelang.language as T
 
 from kernels.dimensions import dimensions
 
-BLOCKS = 64  # pooled keys multiplied at a time
+BLOCKS = 32  # pooled keys multiplied at a time: few, so that many CTAs fit on an SM
 
 
 def get_route_kernel(num_heads: int):
@@ -31,6 +31,7 @@ def get_route_kernel(num_heads: int):
     ):
         with T.Kernel(rows, threads=128) as row:
             T.import_source('#include "layout.cuh"\n#include "route.cuh"\n')
+            T.annotate_min_blocks_per_sm(8)
             q_shared = T.alloc_shared((64, 128), T.bfloat16)
             k_shared = T.alloc_shared((BLOCKS, 128), T.bfloat16)
             estimates = T.alloc_shared((64,), T.float32)
@@ -43,6 +44,13 @@ def get_route_kernel(num_heads: int):
             count = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
             T.pdl_trigger()
+            for i in T.unroll(4):
+                for v in T.vectorized(16):
+                    h = i * 16 + tx // 8
+                    if h < num_heads:
+                        q_shared[h, tx % 8 * 16 + v] = T.cast(
+                            q[row, h, tx % 8 * 16 + v], T.bfloat16
+                        )
             # Padding rows belong to sequence `batch`.
             seq = T.call_extern(
                 "int32", "misa::sequence_of_row", cu_rows.data, batch, row
@@ -53,19 +61,24 @@ def get_route_kernel(num_heads: int):
                 full = lengths[row] // 64 // block_pages
                 partial = lengths[row] // 64 % block_pages
             count = full + T.if_then_else(partial > 0, 1, 0)
-            for i in T.unroll(4):
-                for v in T.vectorized(16):
-                    h = i * 16 + tx // 8
-                    if h < num_heads:
-                        q_shared[h, tx % 8 * 16 + v] = T.cast(
-                            q[row, h, tx % 8 * 16 + v], T.bfloat16
-                        )
+            # Dimension tx of the partial block's mean.
+            total = T.float64(0)
+            for group in T.serial(T.ceildiv(partial, 16)):
+                # Loads without a condition: all of a group are under way together.
+                for i in T.unroll(16):
+                    page = T.min(group * 16 + i, partial - 1)
+                    mean = T.cast(
+                        pooled_keys[page_table[seq, full * block_pages + page], tx],
+                        T.float32,
+                    )
+                    if group * 16 + i < partial:
+                        total += T.cast(mean, T.float64)
             for rr in T.unroll(2):
                 sums[rr] = 0.0
             # All above comes from before `pool_blocks`.
             T.pdl_sync()
             for first in T.serial(T.ceildiv(count, BLOCKS)):
-                for i in T.unroll(8):
+                for i in T.unroll(BLOCKS // 8):
                     b = i * 8 + tx // 16
                     for v in T.vectorized(8):
                         k_shared[b, tx % 16 * 8 + v] = T.bfloat16(0)
@@ -76,19 +89,6 @@ def get_route_kernel(num_heads: int):
                             ]
                 T.sync_threads()
                 if partial > 0 and full // BLOCKS == first:
-                    total = T.float64(0)
-                    for group in T.serial(T.ceildiv(partial, 16)):
-                        # Loads without a condition: all of a group are under way together.
-                        for i in T.unroll(16):
-                            page = T.min(group * 16 + i, partial - 1)
-                            mean = T.cast(
-                                pooled_keys[
-                                    page_table[seq, full * block_pages + page], tx
-                                ],
-                                T.float32,
-                            )
-                            if group * 16 + i < partial:
-                                total += T.cast(mean, T.float64)
                     k_shared[full % BLOCKS, tx] = T.cast(
                         T.cast(total / T.cast(partial, T.float64), T.float32),
                         T.bfloat16,
@@ -96,7 +96,9 @@ def get_route_kernel(num_heads: int):
                 T.fence_proxy_async()
                 T.sync_threads()
                 T.gemm(q_shared, k_shared, acc, transpose_B=True, clear_accum=True)
-                T.call_extern("handle", "misa::add_relu", acc.data, sums.data)
+                T.call_extern(
+                    "handle", f"misa::add_relu<{BLOCKS}>", acc.data, sums.data
+                )
                 T.sync_threads()
             for rr in T.unroll(2):
                 h = tx // 32 * 16 + tx % 32 // 4 + rr * 8

@@ -24,7 +24,7 @@ def get_score_kernel(heads: int, mode: str):
 
     Args:
         heads: heads of a row that score, 8, 16, 32 or 64; rows of `active` may be shorter.
-        mode: "planes" writes two bits a token (score over the row's high threshold, score not under the low one);
+        mode: "planes" writes two bits a token (`mark_page` in `score.cuh`: where its score lies among three thresholds);
             "samples" scores a sequence's sampled keys and writes the float32 scores.
     """
     group_rows = rows_per_warpgroup(heads)
@@ -81,6 +81,7 @@ def get_score_kernel(heads: int, mode: str):
         length,
         shortest,
         high,
+        middle,
         low,
         words,
         slot,
@@ -113,6 +114,7 @@ def get_score_kernel(heads: int, mode: str):
                 f"misa::mark_page<{groups}>",
                 scores.data,
                 high.data,
+                middle.data,
                 low.data,
                 T.uint32(1) << T.cast(page % 16 * 2, T.uint32),
                 words.data,
@@ -140,7 +142,7 @@ def get_score_kernel(heads: int, mode: str):
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
-        thresholds: T.Tensor((slots, 2), T.float32),
+        thresholds: T.Tensor((slots, 3), T.float32),
         out: T.Tensor((slots, 2 if planes else 1, width), T.uint32),
         first_tile: T.int32,
         tiles: T.int32,
@@ -163,6 +165,7 @@ def get_score_kernel(heads: int, mode: str):
             scores = T.alloc_local((groups * 2,), T.float32)
             length = T.alloc_local((groups,), T.int32)
             high = T.alloc_local((groups,), T.float32)
+            middle = T.alloc_local((groups,), T.float32)
             low = T.alloc_local((groups,), T.float32)
             words = T.alloc_local((2 * groups,), T.uint32)
             shortest = T.alloc_var(T.int32)
@@ -250,7 +253,8 @@ def get_score_kernel(heads: int, mode: str):
                                     ]
                             if planes:
                                 high[g] = thresholds[slot + g * 4, 0]
-                                low[g] = thresholds[slot + g * 4, 1]
+                                middle[g] = thresholds[slot + g * 4, 1]
+                                low[g] = thresholds[slot + g * 4, 2]
                             shortest = T.min(shortest, length[g])
                             for plane in T.unroll(2):
                                 words[plane * groups + g] = T.uint32(0)
@@ -270,6 +274,7 @@ def get_score_kernel(heads: int, mode: str):
                                     length,
                                     shortest,
                                     high,
+                                    middle,
                                     low,
                                     words,
                                     slot,
@@ -290,6 +295,7 @@ def get_score_kernel(heads: int, mode: str):
                                     length,
                                     shortest,
                                     high,
+                                    middle,
                                     low,
                                     words,
                                     slot,
@@ -322,6 +328,7 @@ def get_score_kernel(heads: int, mode: str):
                                     length,
                                     shortest,
                                     high,
+                                    middle,
                                     low,
                                     words,
                                     slot,

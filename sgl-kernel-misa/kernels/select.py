@@ -1,8 +1,9 @@
 """Exact top-k of a row from the two bits a token that `score` left.
 
-The thresholds bracket the k-th score: what lies above both is selected, what lies between them (a couple of thousand
-tokens, or any number where the thresholds misjudged) is scored again with the same instructions, hence to the same bits,
-and selected by radix. Few enough candidates are kept in shared memory; more than that are streamed once a digit.
+Two neighbouring thresholds of the three bracket the k-th score: what lies above both is selected, what lies between them
+(several hundred tokens, or any number where the thresholds misjudged) is scored again with the same instructions, hence to
+the same bits, and selected by radix. Few enough candidates are kept in shared memory; more than that are streamed once a
+digit.
 """
 
 import tilelang.language as T
@@ -61,18 +62,8 @@ def get_select_kernel(heads: int, capacity: int):
                 gate[j] = weights[row, active[row, j]]
 
     @T.macro
-    def store_scores(
-        acc,
-        gate,
-        s_shared,
-        positions,
-        scores,
-        tile,
-        count,
-        length,
-        init_tokens,
-        local_tokens,
-    ):
+    def store_scores(acc, gate, s_shared, scores, tile):
+        """Entries that only fill up the last tile get scores too; nobody looks at them."""
         tx = T.get_thread_binding()
         entry = tx // 32 * 16 + tx % 32 // 4
         scale = T.alloc_local((2,), T.float32)
@@ -87,12 +78,11 @@ def get_select_kernel(heads: int, capacity: int):
             scale.data,
             score.data,
         )
-        for rr in T.unroll(2):
-            e = tile * TILE + entry + rr * 8
-            if tx % 4 == 0 and e < count:
-                if positions[e] < init_tokens or positions[e] >= length - local_tokens:
-                    score[rr] = T.infinity(T.float32)
-                scores[e] = T.call_extern("uint32", "misa::ordered", score[rr])
+        if tx % 4 == 0:
+            for rr in T.unroll(2):
+                scores[tile * TILE + entry + rr * 8] = T.call_extern(
+                    "uint32", "misa::ordered", score[rr]
+                )
 
     @T.prim_func
     def select(
@@ -104,7 +94,7 @@ def get_select_kernel(heads: int, capacity: int):
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
-        thresholds: T.Tensor((slots, 2), T.float32),
+        thresholds: T.Tensor((slots, 3), T.float32),
         planes: T.Tensor((slots, 2, width), T.uint32),
         offsets: T.Tensor((rows,), T.int32),
         out: T.Tensor((rows, topk), T.int32),
@@ -128,7 +118,7 @@ def get_select_kernel(heads: int, capacity: int):
             scratch = T.alloc_shared((64,), T.int32)
             state = T.alloc_shared((8,), T.int32)
             info = T.alloc_shared((4,), T.int32)  # as `classify` says
-            count = T.alloc_shared((1,), T.int32)  # entries of `positions`
+            listed = T.alloc_shared((1,), T.int32)  # entries of `positions`
             acc = T.alloc_fragment((TILE, columns), T.float32)
             gate = T.alloc_local((heads,), T.float32)
             row = T.alloc_var(T.int32)
@@ -140,6 +130,8 @@ def get_select_kernel(heads: int, capacity: int):
             rounds = T.alloc_var(T.int32)
             part = T.alloc_var(T.int32)
             digit = T.alloc_var(T.int32)
+            count = T.alloc_var(T.int32)
+            above = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
 
             seq = T.call_extern(
@@ -193,6 +185,8 @@ def get_select_kernel(heads: int, capacity: int):
                     T.address_of(scratch[0]),
                     T.address_of(info[0]),
                 )
+                # The plane in which tokens are marked as selected.
+                above = T.if_then_else(info[3] == 2, 1, 0)
                 # Five digits count the candidates, the round after them selects. So many words of a plane can hold no
                 # more candidates than fit.
                 chunk = words
@@ -209,11 +203,12 @@ def get_select_kernel(heads: int, capacity: int):
                         "misa::radix_begin_between",
                         T.address_of(state[0]),
                         info[1],
-                        info[3] != 0,
+                        info[3],
                         T.address_of(thresholds[slot, 0]),
                     )
                     T.fence_proxy_async()
                     T.sync_threads()
+                count = 0
                 for step in T.serial(rounds):
                     digit = T.truncdiv(step, parts)
                     part = step - digit * parts
@@ -228,31 +223,38 @@ def get_select_kernel(heads: int, capacity: int):
                         if digit == 0 or chunk < words:
                             T.sync_threads()
                             if tx == 0:
-                                count[0] = 0
+                                listed[0] = 0
                             T.sync_threads()
                             T.call_extern(
                                 "handle",
                                 f"misa::collect<{THREADS}>",
-                                T.address_of(planes[slot, 0, 0]),
-                                T.address_of(planes[slot, 1, 0]),
+                                T.address_of(planes[slot, above, 0]),
+                                T.address_of(planes[slot, 1 - above, 0]),
                                 part * chunk,
                                 T.min(part * chunk + chunk, words),
                                 T.address_of(page_table[seq, 0]),
                                 T.address_of(positions[0]),
                                 T.address_of(scores[0]),
-                                T.address_of(count[0]),
+                                T.address_of(listed[0]),
                             )
                             T.sync_threads()
-                            gather_keys(
-                                keys, scales, scores, 0, count[0], k_shared, s_shared
+                            count = listed[0]
+                            T.call_extern(
+                                "handle",
+                                f"misa::fill_last_tile<{THREADS}, {TILE}>",
+                                T.address_of(scores[0]),
+                                count,
                             )
-                            for b in T.serial(T.ceildiv(count[0], TILE)):
+                            gather_keys(
+                                keys, scales, scores, 0, count, k_shared, s_shared
+                            )
+                            for b in T.serial(T.ceildiv(count, TILE)):
                                 gather_keys(
                                     keys,
                                     scales,
                                     scores,
                                     b + 1,
-                                    count[0],
+                                    count,
                                     k_shared,
                                     s_shared,
                                 )
@@ -268,23 +270,22 @@ def get_select_kernel(heads: int, capacity: int):
                                     clear_accum=True,
                                     policy=T.GemmWarpPolicy.FullRow,
                                 )
-                                store_scores(
-                                    acc,
-                                    gate,
-                                    s_shared,
-                                    positions,
-                                    scores,
-                                    b,
-                                    count[0],
-                                    length,
-                                    init_tokens,
-                                    local_tokens,
-                                )
+                                store_scores(acc, gate, s_shared, scores, b)
                                 T.sync_threads()
+                            if init_tokens + local_tokens > 0:
+                                T.call_extern(
+                                    "handle",
+                                    f"misa::force_listed<{THREADS}>",
+                                    T.address_of(positions[0]),
+                                    T.address_of(scores[0]),
+                                    count,
+                                    init_tokens,
+                                    length - local_tokens,
+                                )
                         else:
                             T.sync_threads()
-                        for i in T.serial(T.ceildiv(count[0], THREADS)):
-                            if i * THREADS + tx < count[0]:
+                        for i in T.serial(T.ceildiv(count, THREADS)):
+                            if i * THREADS + tx < count:
                                 T.call_extern(
                                     "handle",
                                     "misa::radix_visit",
@@ -293,7 +294,7 @@ def get_select_kernel(heads: int, capacity: int):
                                     scores[i * THREADS + tx],
                                     positions[i * THREADS + tx],
                                     T.address_of(bins[0]),
-                                    T.address_of(planes[slot, 0, 0]),
+                                    T.address_of(planes[slot, above, 0]),
                                 )
                         if digit < 5 and part == parts - 1:
                             T.call_extern(
@@ -307,9 +308,10 @@ def get_select_kernel(heads: int, capacity: int):
                 T.call_extern(
                     "handle",
                     f"misa::emit<{THREADS}>",
-                    T.address_of(planes[slot, 0, 0]),
-                    T.address_of(planes[slot, 1, 0]),
+                    T.address_of(planes[slot, above, 0]),
+                    T.address_of(planes[slot, 1 - above, 0]),
                     words,
+                    above == 1,
                     T.if_then_else(info[2] == 0, 0, info[1]),
                     form,
                     T.address_of(page_table[seq, 0]),

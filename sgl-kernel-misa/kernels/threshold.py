@@ -1,4 +1,4 @@
-"""Two thresholds a row, from its sampled scores: between them lies the k-th score, or `select` will notice."""
+"""Three thresholds a row, from its sampled scores: between them lies the k-th score, or `select` will notice."""
 
 import tilelang.language as T
 
@@ -19,7 +19,7 @@ def get_threshold_kernel():
         samples: T.Tensor((slots, width), T.float32),
         cu_rows: T.Tensor((bounds,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
-        out: T.Tensor((slots, 2), T.float32),
+        out: T.Tensor((slots, 3), T.float32),
         batch: T.int32,
         first_tile: T.int32,
         tile_rows: T.int32,

@@ -1,7 +1,7 @@
 """Selection for extend batches: sample, threshold, score, select.
 
-The fp32 scores of rows x context are never written. A strided sample of the keys gives two thresholds a row that bracket
-its k-th score; scoring leaves two bits a token; selection scores what lies between the thresholds once more and is exact
+The fp32 scores of rows x context are never written. A strided sample of the keys gives three thresholds a row, two of which
+bracket its k-th score; scoring leaves two bits a token; selection scores what lies between these two once more and is exact
 whatever the thresholds were.
 """
 
@@ -89,14 +89,14 @@ def select(
     chunk = min(chunk, tiles)
     slots = chunk * tile_rows
     sampled = weights.new_empty(slots, spans * PAGE_SIZE)
-    thresholds = weights.new_empty(slots, 2)
+    thresholds = weights.new_empty(slots, 3)
     planes = lengths.new_empty(slots, 2, words)
 
     # A block begins by collecting its queries, which takes as long as several pages: two waves of blocks, one for samples.
     span_pages = SPAN // PAGE_SIZE
     split_pages = -(-spans // max(1, 2 * NUM_SMS // chunk)) * span_pages
     sample_pages = -(-spans // max(1, NUM_SMS // chunk))
-    capacity = SMALL_CAPACITY if topk <= 4096 else LARGE_CAPACITY
+    capacity = SMALL_CAPACITY if topk <= 8192 else LARGE_CAPACITY
     for first in range(0, tiles, chunk):
         count = min(chunk, tiles - first)
         launch(
