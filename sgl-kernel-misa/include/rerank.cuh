@@ -2,22 +2,36 @@
 #pragma once
 
 #include "block.cuh"
+#include "cluster.cuh"
 #include "gather.cuh"
 
 namespace misa {
 
-// The slots of the cache of the listed positions, and how many these are: the list ends at its first -1.
+// The slots of the cache of a block's part of the listed positions, entries `first` .. `first + share`; returns how many
+// positions are on the whole list, which ends at its first -1.
 template <int THREADS>
-__device__ __forceinline__ int list_slots(const int* list, int capacity, const int* pages, unsigned* slots, int* scratch) {
+__device__ __forceinline__ int list_slots(const int* list, int capacity, int first, int share, const int* pages,
+                                          unsigned* slots, int* scratch) {
   int mine = 0, count;
 #pragma unroll 8
   for (int i = threadIdx.x; i < capacity; i += THREADS) {
     const int position = list[i];
-    slots[i] = slot_of(max(position, 0), pages);  // without a condition, so that all loads are under way together
+    const unsigned slot = slot_of(max(position, 0), pages);  // without a condition: all loads are under way together
+    if (i >= first && i < first + share) slots[i - first] = slot;
     mine += position >= 0;
   }
   block_exclusive_scan<THREADS>(mine, scratch, count);
   return count;
+}
+
+// Puts a score, as it is ordered, where the block that selects has its scores: the first one of the cluster.
+template <int BLOCKS>
+__device__ __forceinline__ void put_score(unsigned* scores, int entry, float score) {
+  if (BLOCKS == 1) {
+    scores[entry] = ordered(score);
+  } else {
+    store_peer((int*)scores + entry, 0, (int)ordered(score));
+  }
 }
 
 // Selects `need` of `count` listed positions, given their scores as ordered keys, and writes them in the order of the list,

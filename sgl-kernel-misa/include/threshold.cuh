@@ -5,13 +5,23 @@
 
 namespace misa {
 
+// Bins of a histogram: there are two, and clearing and scanning them is most of the work.
+constexpr int kThresholdDigit = 10;
+constexpr int kThresholdBins = 1 << kThresholdDigit;
+
+// The samples that reach the k-th largest of `length` scores: their expected number, and its standard deviation.
+__device__ __forceinline__ float expected_rank(int samples, int length, int k) { return (float)k * samples / length; }
+__device__ __forceinline__ float rank_deviation(int samples, int length, int k) {
+  return sqrtf(expected_rank(samples, length, k) * (1.f - (float)k / length));
+}
+
 // The ranks of the samples between which the k-th largest of `length` scores lies: so many standard deviations up, five
 // down. The k-th score under the low threshold costs `select` a pass over all tokens, above the high one next to nothing
 // as long as its candidates fit on the chip.
 __device__ __forceinline__ void sample_ranks(int samples, int length, int k, float deviations, int& high, int& low) {
-  const float expected = (float)k * samples / length;
-  high = (int)(expected - deviations * sqrtf(expected) - 4.f);
-  low = (int)(expected + 5.f * sqrtf(expected) + 5.f);
+  const float expected = expected_rank(samples, length, k), deviation = rank_deviation(samples, length, k);
+  high = (int)(expected - deviations * deviation - 4.f);
+  low = (int)(expected + 5.f * deviation + 5.f);
 }
 
 // A score between the two, about half a standard deviation under the expected k-th one: there the candidates of either side
@@ -19,8 +29,8 @@ __device__ __forceinline__ void sample_ranks(int samples, int length, int k, flo
 // consequence but for time.
 __device__ __forceinline__ float middle_threshold(int samples, int length, int k, int high_rank, int low_rank, float high,
                                                   float low) {
-  const float expected = (float)k * samples / length;
-  const float share = logf(low_rank / (expected + 0.5f * sqrtf(expected))) / logf((float)low_rank / high_rank);
+  const float rank = expected_rank(samples, length, k) + 0.5f * rank_deviation(samples, length, k);
+  const float share = logf(low_rank / rank) / logf((float)low_rank / high_rank);
   return fminf(fmaxf(low + (high - low) * share, low), high);
 }
 
@@ -29,9 +39,9 @@ __device__ __forceinline__ float middle_threshold(int samples, int length, int k
 template <int THREADS>
 __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* low_bins, int high_need, int low_need,
                                               unsigned long long* scratch, int* result) {
-  constexpr int kPer = kBins / THREADS;
+  constexpr int kPer = kThresholdBins / THREADS;
   static_assert(kPer % 4 == 0, "a thread reads its bins four at a time");
-  const int first = kBins - kPer * (threadIdx.x + 1);  // threads take the bins in descending order
+  const int first = kThresholdBins - kPer * (threadIdx.x + 1);  // threads take the bins in descending order
   int high[kPer], low[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; i += 4) {
@@ -76,13 +86,14 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
 // between them. A misjudgement costs time in `select`, nothing else. All the same: the scores that reach it are equal to it
 // or above.
 //
-// Two passes find the first 22 bits of the two outer scores, whose lower and upper edge do as well; only where these are the
-// same, as with many equal scores, a third one finds the rest. bins: 2 * kBins, scratch: 64 ints; both 16-byte aligned.
+// Two passes find the first 20 bits of the two outer scores, whose lower and upper edge do as well; only where these are the
+// same, as with many equal scores, more passes find the rest. bins: 2 * kThresholdBins, scratch: 64 ints; both 16-byte
+// aligned.
 template <int THREADS>
 __device__ __forceinline__ void thresholds(const float* scores, int length, int k, int deviations, int* bins, int* scratch,
                                            float* out) {
   constexpr int kBatch = 8;
-  int* const low_bins = bins + kBins;
+  int* const low_bins = bins + kThresholdBins;
   int* const result = scratch + 32;
   // Samples are in the order of their positions.
   int samples = length / kSampleStride;
@@ -95,11 +106,11 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
   int high_need = high_rank, low_need = low_rank, left = 32;
   unsigned high = 0, low = 0;
 #pragma unroll 1
-  for (int digit = 0; digit < 3 && (digit < 2 || high == low); ++digit) {
-    const int width = min(left, 11);
+  for (int digit = 0; digit < 2 || (high == low && left > 0); ++digit) {
+    const int width = min(left, kThresholdDigit);
     left -= width;
     const bool apart = high != low;
-    clear_bins<THREADS>(bins, 2 * kBins);
+    clear_bins<THREADS>(bins, 2 * kThresholdBins);
     __syncthreads();
     for (int first = threadIdx.x; first < samples; first += THREADS * kBatch) {
       float value[kBatch];

@@ -62,9 +62,10 @@ def _kernels() -> Dict[str, Kernel]:
         )
     for heads in (32, 64):
         for capacity in (8192, 16384):
-            kernels[f"rerank_{heads}_{capacity}"] = Kernel(
-                partial(get_rerank_kernel, heads, capacity)
-            )
+            for blocks in (1, 8):
+                kernels[f"rerank_{heads}_{capacity}_{blocks}"] = Kernel(
+                    partial(get_rerank_kernel, heads, capacity, blocks)
+                )
     return kernels
 
 

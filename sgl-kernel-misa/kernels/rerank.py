@@ -10,12 +10,13 @@ TILE = 128
 STAGES = 2  # tiles on the chip: one is scored while the next is gathered; so three CTAs fit on an SM
 
 
-def get_rerank_kernel(num_heads: int, capacity: int):
-    """One CTA a row. Gathered keys on the M side of a wgmma, the row's heads on the N side.
+def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
+    """Gathered keys on the M side of a wgmma, the row's heads on the N side.
 
     Args:
         num_heads: heads of the indexer, H.
         capacity: most candidates a row may have.
+        blocks: CTAs that share a row, a cluster: each scores a part of the candidates, the first one selects.
     """
     rows, pages, batch, max_pages, stride, candidates_, topk = dimensions(
         "rows pages batch max_pages table_stride num_candidates topk"
@@ -39,7 +40,7 @@ def get_rerank_kernel(num_heads: int, capacity: int):
         local_tokens: T.int32,
         form: T.int32,
     ):
-        with T.Kernel(rows, threads=THREADS) as row:
+        with T.Kernel(rows * blocks, threads=THREADS, cluster_dims=(blocks, 1, 1)) as block:
             T.import_source(
                 '#include "gather.cuh"\n#include "score.cuh"\n#include "rerank.cuh"\n'
             )
@@ -53,12 +54,18 @@ def get_rerank_kernel(num_heads: int, capacity: int):
             scale = T.alloc_local((2,), T.float32)
             score = T.alloc_local((2,), T.float32)
             count = T.alloc_var(T.int32)
+            mine = T.alloc_var(T.int32)
             offset = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
+            row = T.truncdiv(block, blocks)
+            rank = T.truncmod(block, blocks)
+            share = T.ceildiv(T.ceildiv(candidates_, blocks), TILE) * TILE
             entry = tx // 32 * 16 + tx % 32 // 4
             seq = T.call_extern(
                 "int32", "misa::sequence_of_row", cu_rows.data, batch, row
             )
+            if blocks > 1:
+                T.call_extern("handle", "misa::cluster_arrive")
             count = 0
             if seq < batch:
                 # An entry is a slot until its key is gathered, then a score.
@@ -67,14 +74,20 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                     f"misa::list_slots<{THREADS}>",
                     T.address_of(candidates[row, 0]),
                     candidates_,
+                    rank * share,
+                    share,
                     T.address_of(page_table[seq, 0]),
                     T.address_of(scores[0]),
                     T.address_of(scratch[0]),
                 )
+            mine = T.max(T.min(count - rank * share, share), 0)
+            if blocks > 1:
+                # All blocks have started: from here on scores may be put into the first one.
+                T.call_extern("handle", "misa::cluster_wait")
             offset = 0
             if form == 2:
                 offset = offsets[row]
-            for i in T.serial(T.ceildiv(topk, THREADS)):
+            for i in T.serial(T.if_then_else(rank == 0, T.ceildiv(topk, THREADS), 0)):
                 if i * THREADS + tx < topk and i * THREADS + tx >= T.min(count, topk):
                     out[row, i * THREADS + tx] = -1
             if count > 0:
@@ -91,17 +104,17 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                     "handle",
                     f"misa::fill_last_tile<{THREADS}, {TILE}>",
                     T.address_of(scores[0]),
-                    count,
+                    mine,
                 )
                 for tile in T.unroll(STAGES - 1):
-                    gather_keys(keys, scales, scores, tile, count, k_shared, s_shared)
-                for tile in T.serial(T.ceildiv(count, TILE)):
+                    gather_keys(keys, scales, scores, tile, mine, k_shared, s_shared)
+                for tile in T.serial(T.ceildiv(mine, TILE)):
                     gather_keys(
                         keys,
                         scales,
                         scores,
                         tile + STAGES - 1,
-                        count,
+                        mine,
                         k_shared,
                         s_shared,
                     )
@@ -128,33 +141,41 @@ def get_rerank_kernel(num_heads: int, capacity: int):
                     # Entries that only fill up the last tile get scores too; nobody looks at them.
                     if tx % 4 == 0:
                         for rr in T.unroll(2):
-                            scores[tile * TILE + entry + rr * 8] = T.call_extern(
-                                "uint32", "misa::ordered", score[rr]
+                            T.call_extern(
+                                "handle",
+                                f"misa::put_score<{blocks}>",
+                                T.address_of(scores[0]),
+                                rank * share + tile * TILE + entry + rr * 8,
+                                score[rr],
                             )
                     T.sync_threads()
-                if init_tokens + local_tokens > 0:
+                if blocks > 1:
+                    T.call_extern("handle", "misa::cluster_arrive")
+                    T.call_extern("handle", "misa::cluster_wait")
+                if rank == 0:
+                    if init_tokens + local_tokens > 0:
+                        T.call_extern(
+                            "handle",
+                            f"misa::force_listed<{THREADS}>",
+                            T.address_of(candidates[row, 0]),
+                            T.address_of(scores[0]),
+                            count,
+                            init_tokens,
+                            lengths[row] - local_tokens,
+                        )
                     T.call_extern(
                         "handle",
-                        f"misa::force_listed<{THREADS}>",
+                        f"misa::select_listed<{THREADS}>",
                         T.address_of(candidates[row, 0]),
                         T.address_of(scores[0]),
                         count,
-                        init_tokens,
-                        lengths[row] - local_tokens,
+                        T.min(count, topk),
+                        T.address_of(k_shared[0, 0, 0]),  # free by now: the histogram
+                        T.address_of(scratch[0]),
+                        form,
+                        T.address_of(page_table[seq, 0]),
+                        offset,
+                        T.address_of(out[row, 0]),
                     )
-                T.call_extern(
-                    "handle",
-                    f"misa::select_listed<{THREADS}>",
-                    T.address_of(candidates[row, 0]),
-                    T.address_of(scores[0]),
-                    count,
-                    T.min(count, topk),
-                    T.address_of(k_shared[0, 0, 0]),  # free by now: the histogram
-                    T.address_of(scratch[0]),
-                    form,
-                    T.address_of(page_table[seq, 0]),
-                    offset,
-                    T.address_of(out[row, 0]),
-                )
 
     return rerank

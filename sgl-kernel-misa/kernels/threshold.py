@@ -28,7 +28,8 @@ def get_threshold_kernel():
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
             T.import_source('#include "threshold.cuh"\n')
-            bins = T.alloc_shared((2 * 2048,), T.int32)
+            T.annotate_min_blocks_per_sm(7)
+            bins = T.alloc_shared((2 * 1024,), T.int32)
             scratch = T.alloc_shared((64,), T.int32)
             row = T.alloc_var(T.int32)
             tile = first_tile + T.truncdiv(slot, tile_rows)

@@ -47,8 +47,11 @@ def check(batch, candidates, topk, exact=False, **forced):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_heads", [32, 64])
 @pytest.mark.parametrize("topk, count", [(64, 256), (2048, 4096)])
-def test_kinds(kind, num_heads, topk, count):
-    batch = make_batch(kind, [(33, 6000), (5, 2100), (40, 60)], num_heads)
+@pytest.mark.parametrize("many", [0, 200])
+def test_kinds(kind, num_heads, topk, count, many):
+    """With few rows in all, a cluster of blocks shares each."""
+    specs = [(33, 6000), (5, 2100), (40 + many, 60)]
+    batch = make_batch(kind, specs, num_heads)
     check(batch, random_candidates(batch, count), topk, kind in EXACT_KINDS)
 
 

@@ -8,6 +8,8 @@ from sgl_kernel_misa.library import launch
 from sgl_kernel_misa.tensors import FORMS, keys_and_scales, no_offsets
 
 SMALL_CAPACITY = 8192  # candidates a row; the larger kernel takes MAX_TOPK
+FEW_ROWS = 256  # of a decode batch: then a cluster of blocks shares a row, for it takes one block long
+CLUSTER = 8
 
 
 def select(
@@ -27,9 +29,10 @@ def select(
 ) -> None:
     """Write the selections of `ops.rerank` to `out`, int32 [T, topk]."""
     keys, scales = keys_and_scales(index_k)
-    small = candidates.shape[1] <= SMALL_CAPACITY
+    capacity = SMALL_CAPACITY if candidates.shape[1] <= SMALL_CAPACITY else MAX_TOPK
+    blocks = CLUSTER if q.shape[0] <= FEW_ROWS else 1
     launch(
-        f"rerank_{q.shape[1]}_{SMALL_CAPACITY if small else MAX_TOPK}",
+        f"rerank_{q.shape[1]}_{capacity}_{blocks}",
         q=q,
         weights=weights,
         candidates=candidates,
