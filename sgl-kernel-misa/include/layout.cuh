@@ -5,7 +5,6 @@ namespace misa {
 
 constexpr int kPage = 64;          // tokens in a page of the index-K cache
 constexpr int kSpan = 1024;        // tokens in 32 words of a bit plane
-constexpr int kSampleStride = 16;  // one token in so many is sampled
 
 // Rows are taken in tiles that never straddle two sequences: sequence i owns the tiles from cu_rows[i] / tile_rows + i on,
 // which leaves room for its partial tile whatever the lengths, and needs no prefix sum over the batch. The rows after the
@@ -27,9 +26,9 @@ __device__ __forceinline__ int sequence_of_row(const int* cu_rows, int batch, in
   return __reduce_add_sync(0xffffffffu, count);
 }
 
-// Position of sample i: one token of every kSampleStride, at an offset that no period in the text can follow.
-__device__ __forceinline__ int sample_position(int i) {
-  return i * kSampleStride + (int)((unsigned)i * 2654435761u >> 28);
+// Position of sample i: one token of every 1 << shift, at an offset that no period in the text can follow.
+__device__ __forceinline__ int sample_position(int i, int shift) {
+  return (i << shift) + (int)((unsigned)i * 2654435761u >> (32 - shift));
 }
 
 // A bit plane holds one bit a token, in the order in which the lanes of a warpgroup own the rows of a wgmma tile: word

@@ -90,14 +90,14 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
 // same, as with many equal scores, more passes find the rest. bins: 2 * kThresholdBins, scratch: 64 ints; both 16-byte
 // aligned.
 template <int THREADS>
-__device__ __forceinline__ void thresholds(const float* scores, int length, int k, int deviations, int* bins, int* scratch,
-                                           float* out) {
+__device__ __forceinline__ void thresholds(const float* scores, int length, int k, int shift, int deviations, int* bins,
+                                           int* scratch, float* out) {
   constexpr int kBatch = 8;
   int* const low_bins = bins + kThresholdBins;
   int* const result = scratch + 32;
   // Samples are in the order of their positions.
-  int samples = length / kSampleStride;
-  if (sample_position(samples) < length) ++samples;
+  int samples = length >> shift;
+  if (sample_position(samples, shift) < length) ++samples;
   int high_rank, low_rank;
   sample_ranks(samples, length, k, deviations, high_rank, low_rank);
   const bool no_high = high_rank < 1, no_low = low_rank > samples;

@@ -1,4 +1,7 @@
-"""Copies one key of every 16 out of the paged cache, as pages of 64 of their own: what the thresholds are estimated on."""
+"""Copies one key of every 1 << sample_shift out of the paged cache, as pages of 64 of their own.
+
+These are what the thresholds are estimated on.
+"""
 
 import tilelang.language as T
 
@@ -19,6 +22,7 @@ def get_sample_kernel():
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         out: T.Tensor((batch, sample_pages, PAGE_WORDS), T.int32),
+        sample_shift: T.int32,
     ):
         with T.Kernel(sample_pages, batch, threads=128) as (page, seq):
             T.import_source('#include "layout.cuh"\n')
@@ -30,9 +34,9 @@ def get_sample_kernel():
             length = 0
             if cu_rows[seq] < cu_rows[seq + 1]:
                 length = lengths[cu_rows[seq + 1] - 1]
-            if page * 1024 < length:
+            if page * T.shift_left(64, sample_shift) < length:
                 position = T.call_extern(
-                    "int32", "misa::sample_position", page * 64 + key
+                    "int32", "misa::sample_position", page * 64 + key, sample_shift
                 )
                 # A sample past the end is never looked at.
                 position = T.min(position, length - 1)

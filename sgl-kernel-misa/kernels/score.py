@@ -148,6 +148,7 @@ def get_score_kernel(heads: int, mode: str):
         tiles: T.int32,
         splits: T.int32,
         split_pages: T.int32,
+        sample_shift: T.int32,
         topk: T.int32,
         init_tokens: T.int32,
         local_tokens: T.int32,
@@ -189,7 +190,9 @@ def get_score_kernel(heads: int, mode: str):
                 # Pages of keys, or of samples.
                 num_pages = (lengths[row1 - 1] + 63) // 64
                 if not planes:
-                    num_pages = (num_pages + 15) // 16
+                    num_pages = T.shift_right(
+                        num_pages + T.shift_left(1, sample_shift) - 1, sample_shift
+                    )
                 p0 = by * split_pages
                 num_pages = T.min(num_pages - p0, split_pages)
                 # The last page may come twice, to make a pair.

@@ -172,6 +172,10 @@ def get_select_kernel(heads: int, capacity: int):
                     T.address_of(out[row, 0]),
                 )
             if length > topk:
+                load_queries(q, weights, active, row, q_shared, gate)
+                T.fence_proxy_async()
+                if tx == 0:
+                    listed[0] = 0
                 words = (length + 1023) // 1024 * 32
                 T.call_extern(
                     "handle",
@@ -196,18 +200,15 @@ def get_select_kernel(heads: int, capacity: int):
                 rounds = parts * 6
                 if info[2] != 0 or info[1] == 0:
                     rounds = 0
-                if rounds > 0:
-                    load_queries(q, weights, active, row, q_shared, gate)
-                    T.call_extern(
-                        "handle",
-                        "misa::radix_begin_between",
-                        T.address_of(state[0]),
-                        info[1],
-                        info[3],
-                        T.address_of(thresholds[slot, 0]),
-                    )
-                    T.fence_proxy_async()
-                    T.sync_threads()
+                T.call_extern(
+                    "handle",
+                    "misa::radix_begin_between",
+                    T.address_of(state[0]),
+                    info[1],
+                    info[3],
+                    T.address_of(thresholds[slot, 0]),
+                )
+                T.sync_threads()
                 count = 0
                 for step in T.serial(rounds):
                     digit = T.truncdiv(step, parts)
@@ -220,11 +221,8 @@ def get_select_kernel(heads: int, capacity: int):
                                 f"misa::clear_bins<{THREADS}>",
                                 T.address_of(bins[0]),
                             )
+                        T.sync_threads()
                         if digit == 0 or chunk < words:
-                            T.sync_threads()
-                            if tx == 0:
-                                listed[0] = 0
-                            T.sync_threads()
                             T.call_extern(
                                 "handle",
                                 f"misa::collect<{THREADS}>",
@@ -245,6 +243,8 @@ def get_select_kernel(heads: int, capacity: int):
                                 T.address_of(scores[0]),
                                 count,
                             )
+                            if tx == 0:
+                                listed[0] = 0  # for the next part
                             gather_keys(
                                 keys, scales, scores, 0, count, k_shared, s_shared
                             )
@@ -282,8 +282,6 @@ def get_select_kernel(heads: int, capacity: int):
                                     init_tokens,
                                     length - local_tokens,
                                 )
-                        else:
-                            T.sync_threads()
                         for i in T.serial(T.ceildiv(count, THREADS)):
                             if i * THREADS + tx < count:
                                 T.call_extern(

@@ -24,6 +24,7 @@ def get_threshold_kernel():
         first_tile: T.int32,
         tile_rows: T.int32,
         topk: T.int32,
+        sample_shift: T.int32,
         deviations: T.int32,
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
@@ -53,6 +54,7 @@ def get_threshold_kernel():
                         T.address_of(samples[slot, 0]),
                         lengths[row],
                         topk,
+                        sample_shift,
                         deviations,
                         T.address_of(bins[0]),
                         T.address_of(scratch[0]),

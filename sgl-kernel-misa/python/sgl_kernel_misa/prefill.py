@@ -23,6 +23,9 @@ from sgl_kernel_misa.tensors import (
 # memory happens to be free.
 WORKSPACE_BYTES = 160 << 20
 SPAN = 1024  # tokens in 32 words of a bit plane
+# One token in 16 is sampled, of short contexts one in 8: there the candidates that closer thresholds spare `select` are
+# more than the samples cost.
+SAMPLE_SHIFT, SHORT_SAMPLE_SHIFT, SHORT_CONTEXT = 4, 3, 16 << 10
 SMALL_CAPACITY, LARGE_CAPACITY = 3072, 6144  # candidates that `select` keeps on chip
 
 
@@ -68,7 +71,9 @@ def select(
     )
     table = dict(page_table=page_table, batch=batch, table_stride=page_table.stride(0))
 
-    samples = index_k.new_empty(batch, spans, PAGE_BYTES)
+    shift = SHORT_SAMPLE_SHIFT if context <= SHORT_CONTEXT else SAMPLE_SHIFT
+    sample_pages = max(1, -(-context // (PAGE_SIZE << shift)))
+    samples = index_k.new_empty(batch, sample_pages, PAGE_BYTES)
     launch(
         "sample",
         index_k=index_k,
@@ -78,24 +83,25 @@ def select(
         rows=rows,
         pages=index_k.shape[0],
         max_pages=max_pages,
-        sample_pages=spans,
+        sample_pages=sample_pages,
+        sample_shift=shift,
     )
     sample_keys, sample_scales = keys_and_scales(samples.view(-1, PAGE_BYTES))
 
     # Sequences begin new tiles, padding rows form one more sequence.
     tiles = rows // tile_rows + batch + 1
-    slot_bytes = spans * PAGE_SIZE * 4 + 2 * words * 4
+    slot_bytes = sample_pages * PAGE_SIZE * 4 + 2 * words * 4
     chunk = max(1, WORKSPACE_BYTES // (slot_bytes * tile_rows))
     chunk = min(chunk, tiles)
     slots = chunk * tile_rows
-    sampled = weights.new_empty(slots, spans * PAGE_SIZE)
+    sampled = weights.new_empty(slots, sample_pages * PAGE_SIZE)
     thresholds = weights.new_empty(slots, 3)
     planes = lengths.new_empty(slots, 2, words)
 
     # A block begins by collecting its queries, which takes as long as several pages: two waves of blocks, one for samples.
     span_pages = SPAN // PAGE_SIZE
     split_pages = -(-spans // max(1, 2 * NUM_SMS // chunk)) * span_pages
-    sample_pages = -(-spans // max(1, NUM_SMS // chunk))
+    split_sample_pages = -(-sample_pages // max(1, NUM_SMS // chunk))
     capacity = SMALL_CAPACITY if topk <= 8192 else LARGE_CAPACITY
     for first in range(0, tiles, chunk):
         count = min(chunk, tiles - first)
@@ -106,16 +112,17 @@ def select(
             **table,
             keys=sample_keys,
             scales=sample_scales,
-            pages=batch * spans,
-            max_pages=spans,
+            pages=batch * sample_pages,
+            max_pages=sample_pages,
             thresholds=thresholds,
             out=sampled,
             slots=slots,
-            width=spans * PAGE_SIZE,
+            width=sample_pages * PAGE_SIZE,
             first_tile=first,
             tiles=count,
-            splits=-(-spans // sample_pages),
-            split_pages=sample_pages,
+            splits=-(-sample_pages // split_sample_pages),
+            split_pages=split_sample_pages,
+            sample_shift=shift,
             topk=topk,
             init_tokens=0,
             local_tokens=0,
@@ -129,12 +136,13 @@ def select(
             first_tile=first,
             tile_rows=tile_rows,
             topk=topk,
+            sample_shift=shift,
             # More candidates than fit are costly, too many above the high threshold are not while they fit.
             deviations=3 if topk + topk // 4 <= capacity else 5,
             rows=rows,
             bounds=batch + 1,
             slots=count * tile_rows,
-            width=spans * PAGE_SIZE,
+            width=sample_pages * PAGE_SIZE,
         )
         launch(
             f"score_planes_{scoring}",
@@ -153,6 +161,7 @@ def select(
             tiles=count,
             splits=-(-spans * span_pages // split_pages),
             split_pages=split_pages,
+            sample_shift=shift,
             topk=topk,
             init_tokens=init_tokens,
             local_tokens=local_tokens,
