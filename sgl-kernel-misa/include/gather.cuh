@@ -1,6 +1,7 @@
 // Listed tokens of a sequence, and their keys: from the paged cache to shared memory.
 #pragma once
 
+#include "barrier.cuh"
 #include "block.cuh"
 
 namespace misa {
@@ -73,7 +74,7 @@ __device__ __forceinline__ void force_listed(const int* positions, unsigned* sco
 template <int LATER>
 __device__ __forceinline__ void wait_gathered() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence_async();
 }
 
 }  // namespace misa

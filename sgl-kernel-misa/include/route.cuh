@@ -1,6 +1,8 @@
 // The last steps of routing: estimates to heads.
 #pragma once
 
+#include "barrier.cuh"
+
 namespace misa {
 
 // Adds relu of a row's dot products with BLOCKS pooled keys, an m64 accumulator, to sums[rr].

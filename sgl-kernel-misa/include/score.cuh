@@ -1,6 +1,7 @@
 // The epilogue of scoring: the sum over heads in the registers of a wgmma accumulator.
 #pragma once
 
+#include "barrier.cuh"
 #include "layout.cuh"
 
 namespace misa {

@@ -96,7 +96,7 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
                         q_shared[i * (THREADS // 8) + tx // 8, tx % 8 * 16 + v] = q[
                             row, i * (THREADS // 8) + tx // 8, tx % 8 * 16 + v
                         ]
-                T.fence_proxy_async()
+                T.call_extern("handle", "misa::fence_async")
                 for i in T.unroll(num_heads // 8):
                     for b in T.unroll(2):
                         gate[i * 2 + b] = weights[row, i * 8 + tx % 4 * 2 + b]

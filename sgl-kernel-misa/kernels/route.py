@@ -93,7 +93,7 @@ def get_route_kernel(num_heads: int):
                         T.cast(total / T.cast(partial, T.float64), T.float32),
                         T.bfloat16,
                     )
-                T.fence_proxy_async()
+                T.call_extern("handle", "misa::fence_async")
                 T.sync_threads()
                 T.gemm(q_shared, k_shared, acc, transpose_B=True, clear_accum=True)
                 T.call_extern(

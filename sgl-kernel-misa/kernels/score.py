@@ -238,8 +238,8 @@ def get_score_kernel(heads: int, mode: str):
                                 head = active[row, T.min(j, active_heads - 1)]
                                 for v in T.vectorized(16):
                                     q_shared[c, d + v] = q[row, head, d + v]
-                        T.fence_proxy_async()
-                        T.sync_threads(1, 256)
+                        T.call_extern("handle", "misa::fence_async")
+                        T.call_extern("handle", "misa::sync_some<256>")
                         slot = bx * tile_rows + group * group_rows + tx % 4
                         shortest = 2147483647
                         for g in T.unroll(groups):

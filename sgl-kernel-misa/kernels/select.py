@@ -173,7 +173,7 @@ def get_select_kernel(heads: int, capacity: int):
                 )
             if length > topk:
                 load_queries(q, weights, active, row, q_shared, gate)
-                T.fence_proxy_async()
+                T.call_extern("handle", "misa::fence_async")
                 if tx == 0:
                     listed[0] = 0
                 words = (length + 1023) // 1024 * 32
