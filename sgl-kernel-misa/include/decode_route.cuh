@@ -48,8 +48,14 @@ __device__ __forceinline__ void add_pair(double* sums, unsigned pair) {
   sums[1] = fma(__hiloint2double((int)pair >> 3 & 0x8fffe000, 0), 0x1p896, sums[1]);
 }
 
-// A load that the next barrier, be it of a warp, comes after: else the compiler begins some only when others have come.
-__device__ __forceinline__ uint4 load_now(const uint4* from) {
+// A number from shared memory, behind a barrier of the warp: loads that come before have begun when it is there. Left alone,
+// the compiler begins half of a group of loads, and the others when those have come and were added; __syncwarp does not help.
+__device__ __forceinline__ int after_loads(const int* number) {
+  asm volatile("bar.sync %0, 32;" ::"r"(1 + threadIdx.x / 32) : "memory");
+  return *number;
+}
+
+__device__ __forceinline__ uint4 load(const uint4* from) {
   uint4 value;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -58,11 +64,12 @@ __device__ __forceinline__ uint4 load_now(const uint4* from) {
   return value;
 }
 
-// The mean of `count` pages' means, bf16: 8 dimensions for each of 16 threads. id: this thread's of the first 16 pages. Every
-// thread of a warp must call this; count may be 0.
-__device__ __forceinline__ uint4 pool_block(const uint4* page_means, const int* pages, int count, int id) {
+// The mean of `count` pages' means, bf16: 8 dimensions for each of 16 threads. id: this thread's of the first 16 pages; noted:
+// a place in shared memory for these threads. Every thread of a warp must call this; count may be 0.
+__device__ __forceinline__ uint4 pool_block(const uint4* page_means, const int* pages, int count, int id, int* noted) {
   const int lane = threadIdx.x % 16;
   const int longest = __reduce_max_sync(0xffffffffu, count);
+  if (lane == 0) *noted = count;
   double sums[8] = {};
   for (int begin = 0; begin < longest; begin += kGroup) {
     if (begin > 0 && begin < count) id = pages[min(begin + lane, count - 1)];
@@ -72,12 +79,12 @@ __device__ __forceinline__ uint4 pool_block(const uint4* page_means, const int* 
     for (int i = 0; i < kGroup; ++i) {
       // Past the last page that page again, and nothing of it: no load waits for a condition.
       const int page = __shfl_sync(0xffffffffu, id, min(i, last), 16);
-      means[i] = load_now(page_means + (long long)(count > 0 ? page : 0) * 16 + lane);
+      means[i] = load(page_means + (long long)(count > 0 ? page : 0) * 16 + lane);
     }
-    __syncwarp();
+    const int left = after_loads(noted) - begin;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const bool counts = begin + i < count;
+      const bool counts = i < left;
       add_pair(sums, counts ? means[i].x : 0);
       add_pair(sums + 2, counts ? means[i].y : 0);
       add_pair(sums + 4, counts ? means[i].z : 0);
@@ -134,7 +141,7 @@ __device__ __forceinline__ void multiply_tile(const char* heads, const char* poo
 }
 
 // Writes the heads of a sequence's rows. q, weights, lengths, out: of its first row; pages: its row of the page table, of
-// max_pages columns. Shared memory: q_shared, kMaxRows * HEADS * 128 bytes; k_shared, kTile * kKeyBytes; sees, kTile;
+// max_pages columns. Shared memory: q_shared, kMaxRows * HEADS * 128 bytes; k_shared, kTile * kKeyBytes; sees, 2 * kTile;
 // sums, kMaxRows * HEADS of every block; estimates, kMaxRows * HEADS; votes, 2 * kMaxRows.
 //
 // The pooled keys are dealt to the blocks one by one. Each adds up relu(q . k) of its own; row r's sums come together in block
@@ -174,7 +181,8 @@ __device__ __forceinline__ void route_sequence(const void* q, const float* weigh
       }
     }
     if ((tile > 0 || first != guess) && count > 0) id = pages[first + min(lane, count - 1)];
-    const uint4 pooled = pool_block((const uint4*)page_means, pages + first, count, id);
+    const uint4 pooled = pool_block((const uint4*)page_means, pages + first, count, id,
+                                    (int*)sees + kTile + tid / 16);
     *reinterpret_cast<uint4*>(k_shared + tid / 16 * kKeyBytes + lane * 16) = pooled;
     if (lane == 0) sees[tid / 16] = seen;
     asm volatile("cp.async.wait_all;" ::: "memory");

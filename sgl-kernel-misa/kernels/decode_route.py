@@ -38,7 +38,7 @@ def get_decode_route_kernel(num_heads: int, ranks: int):
             T.annotate_min_blocks_per_sm(2)
             q_shared = T.alloc_shared((MAX_ROWS * num_heads, 128), T.int8)
             k_shared = T.alloc_shared((TILE, KEY_BYTES), T.int8)
-            sees = T.alloc_shared((TILE,), T.uint32)
+            sees = T.alloc_shared((2 * TILE,), T.uint32)
             sums = T.alloc_shared((MAX_ROWS * num_heads,), T.float32)
             estimates = T.alloc_shared((MAX_ROWS * num_heads,), T.float32)
             votes = T.alloc_shared((2 * MAX_ROWS,), T.uint32)

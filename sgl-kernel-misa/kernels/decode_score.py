@@ -172,13 +172,9 @@ def get_decode_score_kernel(heads: int):
                             gate,
                         )
                         T.call_extern("handle", "misa::publish_to_scorers")
+                        # The same fence once more, or TileLang places one before every page's products.
+                        T.fence_proxy_async()
                     T.mbarrier_wait_parity(full[i % STAGES], (i // STAGES) % 2)
-                    for rr in T.unroll(2):
-                        scale[rr] = T.call_extern(
-                            "float32",
-                            "misa::load_scale",
-                            T.address_of(s_shared[i % STAGES, token + rr * 8]),
-                        )
                     T.gemm(
                         k_shared[i % STAGES, :, :],
                         q_shared,
@@ -186,6 +182,12 @@ def get_decode_score_kernel(heads: int):
                         transpose_B=True,
                         clear_accum=True,
                     )
+                    for rr in T.unroll(2):
+                        scale[rr] = T.call_extern(
+                            "float32",
+                            "misa::load_scale",
+                            T.address_of(s_shared[i % STAGES, token + rr * 8]),
+                        )
                     T.sync_warp()
                     if lane == 0:
                         T.mbarrier_arrive(empty[i % STAGES])
