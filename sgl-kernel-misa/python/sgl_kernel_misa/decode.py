@@ -25,7 +25,7 @@ MAX_ROWS = 4  # of a sequence
 SELECT_CAPACITY = 16384  # scores that a block of `decode_select` holds in registers
 # Blocks that score, all resident at once, by the heads that the kernel is compiled for. Its registers and shared memory leave
 # room for so many on each SM, and for a block of `decode_route` or `decode_select` beside two of few heads.
-SCORE_BLOCKS = {8: 2 * NUM_SMS, 16: 2 * NUM_SMS, 32: 2 * NUM_SMS, 64: NUM_SMS}
+SCORE_BLOCKS = {8: 2 * NUM_SMS, 16: 2 * NUM_SMS, 32: NUM_SMS, 64: NUM_SMS}
 
 
 def select(
