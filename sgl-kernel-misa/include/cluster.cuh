@@ -1,12 +1,22 @@
 // What the thread blocks of a cluster exchange through distributed shared memory.
 #pragma once
 
+#include <cstdint>
+
 namespace misa {
 
-// A barrier of all threads of a cluster, in two halves. What was written before the first is seen after the second, in
-// shared memory of other blocks too. (TileLang's own let the compiler move accesses across.)
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// A barrier of all threads of a cluster, in two halves: what a block wrote to its own shared memory before the first may be
+// read by the others after the second. The fences are restricted to shared memory: a full one waits for global memory.
+// (TileLang's own barrier let the compiler move accesses across.)
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+}
 
 // A barrier of all threads of the RANKS blocks of a cluster, or of one block by itself.
 template <int RANKS>
@@ -20,7 +30,7 @@ __device__ __forceinline__ void sync_ranks() {
 }
 
 // Where another block of the cluster has what `address` is in this block's shared memory. It must have started (a barrier of
-// the cluster says so), and must not end before it is read.
+// the cluster says so), and must not end before it was read.
 __device__ __forceinline__ unsigned peer_address(const void* address, int rank) {
   unsigned peer;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -35,6 +45,12 @@ __device__ __forceinline__ int load_peer(const int* address, int rank) {
   return value;
 }
 
+__device__ __forceinline__ float load_peer(const float* address, int rank) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(peer_address(address, rank)) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ int4 load_peer4(const int* address, int rank) {
   int4 value;
   asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
@@ -44,16 +60,37 @@ __device__ __forceinline__ int4 load_peer4(const int* address, int rank) {
   return value;
 }
 
-__device__ __forceinline__ void store_peer(int* address, int rank, int value) {
-  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(peer_address(address, rank)), "r"(value) : "memory");
+// A mailbox is written by other blocks with `send`, and read after `receive` for all that is due, once in a kernel. One thread
+// prepares it, before a barrier of the cluster.
+__device__ __forceinline__ void prepare_mailbox(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void store_peer(float* address, int rank, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(peer_address(address, rank)), "f"(value) : "memory");
+__device__ __forceinline__ void send(unsigned long long* to, unsigned long long value, uint64_t* barrier, int rank) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(peer_address(to, rank)),
+               "l"(value), "r"(peer_address(barrier, rank))
+               : "memory");
 }
 
-__device__ __forceinline__ void store_peer(unsigned long long* address, int rank, unsigned long long value) {
-  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(peer_address(address, rank)), "l"(value) : "memory");
+// Every thread must call this.
+__device__ __forceinline__ void receive(uint64_t* barrier, int bytes) {
+  const unsigned address = (unsigned)__cvta_generic_to_shared(barrier);
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+  }
+  int done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], 0;\n"
+        "selp.b32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(done)
+        : "r"(address)
+        : "memory");
+  } while (!done);
 }
 
 }  // namespace misa

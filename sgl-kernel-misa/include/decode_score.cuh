@@ -5,8 +5,8 @@
 
 namespace misa {
 
-// A block's way through the pages of a batch. The pages of all sequences that need a selection lie end to end; a round is an
-// equal part of them, of which every block takes an equal part. A segment is what a block takes of one sequence at a time.
+// A block's way through the pages of a batch. The pages of all sequences that need a selection lie end to end, and every block
+// takes an equal part of them. A segment is what a part has of one sequence.
 struct Walk {
   int sequence;
   int page;     // of the sequence
@@ -14,16 +14,11 @@ struct Walk {
   int segment;  // pages of the segment
   int first;    // pages of the sequences before
   int next;     // page of the batch after the segment
-  int end;      // page of the batch after the block's part of the round
-  int part;     // of all parts of all rounds, the block's next one
-  int stride;   // between a block's parts
-  int share, rest;  // the first `rest` parts have one page more than `share`
+  int end;      // page of the batch after the block's part
   int fetched;  // this lane's of the pages that are fetched 32 at a time
 };
 
-static_assert(sizeof(Walk) == 12 * sizeof(int), "the kernel sets 12 ints aside");
-
-__device__ __forceinline__ int part_begin(const Walk& walk, int part) { return part * walk.share + min(part, walk.rest); }
+static_assert(sizeof(Walk) == 8 * sizeof(int), "the kernel sets 8 ints aside");
 
 // Pages of a sequence that are scored: none if all its rows see at most topk tokens.
 __device__ __forceinline__ int scored_pages(const int* lengths, int sequence, int rows_per_seq, int topk) {
@@ -33,21 +28,14 @@ __device__ __forceinline__ int scored_pages(const int* lengths, int sequence, in
 }
 
 // Returns how many pages the block takes in all. As with the others here, every lane of a warp must call it.
-__device__ __forceinline__ int walk_begin(int* walk_, const int* lengths, int batch, int rows_per_seq, int topk, int block,
+__device__ __forceinline__ int walk_begin(int* walk, const int* lengths, int batch, int rows_per_seq, int topk, int block,
                                           int blocks) {
-  constexpr int kMaxRounds = 8, kLeastShare = 8;
   int total = 0;
   for (int i = threadIdx.x & 31; i < batch; i += 32) total += scored_pages(lengths, i, rows_per_seq, topk);
   total = __reduce_add_sync(0xffffffffu, total);
-  // More rounds than sequences have nothing to stagger, and a segment costs a block the loading of its queries.
-  const int rounds = max(1, min(min(kMaxRounds, batch / 2), total / (blocks * kLeastShare)));
-  Walk& walk = *reinterpret_cast<Walk*>(walk_);
-  walk = {0, 0, 0, 0, 0, 0, 0, block, blocks, total / (rounds * blocks), total % (rounds * blocks), 0};
-  int count = 0;
-  for (int i = 0; i < rounds; ++i) {
-    const int part = i * blocks + block;
-    count += part_begin(walk, part + 1) - part_begin(walk, part);
-  }
+  const int share = total / blocks, rest = total % blocks;  // the first `rest` blocks take one page more
+  const int begin = block * share + min(block, rest), count = share + (block < rest);
+  *reinterpret_cast<Walk*>(walk) = {0, 0, 0, 0, 0, begin, begin + count, 0};
   return count;
 }
 
@@ -58,11 +46,6 @@ __device__ __forceinline__ bool walk_step(int* walk_, const int* lengths, int ba
     --walk.left;
     ++walk.page;
     return false;
-  }
-  while (walk.next == walk.end) {
-    walk.next = part_begin(walk, walk.part);
-    walk.end = part_begin(walk, walk.part + 1);
-    walk.part += walk.stride;
   }
   // The sequence that holds page `next` of the batch is this one or a later one: 32 of them at a time.
   int pages = 0;
@@ -96,12 +79,20 @@ __device__ __forceinline__ int walk_to_page(int* walk_, const int* lengths, int 
   return __shfl_sync(0xffffffffu, walk.fetched, at % 32);
 }
 
-// Adds a segment's pages to its sequence's progress. A barrier after the stores of their scores must precede it.
-__device__ __forceinline__ void report_progress(int* progress, int pages) {
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(progress, pages);
-  }
+// A barrier of the warpgroup that scores, and the same after what it wrote is there for the tensor cores. (TileLang's own let
+// the compiler move accesses across.)
+__device__ __forceinline__ void sync_scorers() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+
+__device__ __forceinline__ void publish_to_scorers() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  sync_scorers();
+}
+
+// A scale that the streaming warp has copied; not to be read before the barrier that says so was waited for.
+__device__ __forceinline__ float load_scale(const float* scale) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"((unsigned)__cvta_generic_to_shared(scale)) : "memory");
+  return value;
 }
 
 // Stores one page's scores (rr 0 and 1 of a lane's row) that the row sees.

@@ -24,14 +24,24 @@ __device__ __forceinline__ int list_slots(const int* list, int capacity, int fir
   return count;
 }
 
-// Puts a score, as it is ordered, where the block that selects has its scores: the first one of the cluster.
-template <int BLOCKS>
-__device__ __forceinline__ void put_score(unsigned* scores, int entry, float score) {
-  if (BLOCKS == 1) {
-    scores[entry] = ordered(score);
-  } else {
-    store_peer((int*)scores + entry, 0, (int)ordered(score));
+// Collects the scores of the list in the first block of a cluster; every block has those of its part at the start of its own
+// `scores`, 16-byte aligned. All blocks must call this.
+template <int THREADS, int BLOCKS>
+__device__ __forceinline__ void collect_scores(unsigned* scores, int share, int count, int rank) {
+  cluster_arrive();
+  cluster_wait();
+  if (rank == 0) {
+#pragma unroll
+    for (int peer = 1; peer < BLOCKS; ++peer) {
+      const int size = min(count - peer * share, share);
+      for (int i = threadIdx.x * 4; i < size; i += THREADS * 4) {
+        *reinterpret_cast<int4*>(scores + peer * share + i) = load_peer4(reinterpret_cast<int*>(scores + i), peer);
+      }
+    }
   }
+  // A block's shared memory is there until it has been read.
+  cluster_arrive();
+  cluster_wait();
 }
 
 // Selects `need` of `count` listed positions, given their scores as ordered keys, and writes them in the order of the list,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Callable, Dict, Mapping
 
+from kernels.decode_route import get_decode_route_kernel
 from kernels.decode_score import get_decode_score_kernel
 from kernels.decode_select import get_decode_select_kernel
 from kernels.pool_blocks import get_pool_blocks_kernel
@@ -46,8 +47,15 @@ def _kernels() -> Dict[str, Kernel]:
         "route_64": Kernel(lambda: get_route_kernel(64)),
         "sample": Kernel(get_sample_kernel),
         "threshold": Kernel(get_threshold_kernel),
-        "decode_select": Kernel(get_decode_select_kernel),
     }
+    for ranks in (1, 2, 4, 8):
+        kernels[f"decode_select_{ranks}"] = Kernel(
+            partial(get_decode_select_kernel, ranks)
+        )
+        for num_heads in (32, 64):
+            kernels[f"decode_route_{num_heads}_{ranks}"] = Kernel(
+                partial(get_decode_route_kernel, num_heads, ranks)
+            )
     for heads in (8, 16, 32, 64):
         for mode in ("planes", "samples"):
             kernels[f"score_{mode}_{heads}"] = Kernel(

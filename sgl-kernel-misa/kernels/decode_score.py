@@ -1,8 +1,7 @@
 """Scores of up to four rows a sequence against all its keys.
 
-The keys are read once for all rows of a sequence. The pages of all sequences lie end to end; the grid, which is resident as
-a whole, takes them in rounds, an equal share a block: one long sequence fills the chip, and many finish one after another,
-so that `decode_select` can begin with the first while the last are scored.
+The keys are read once for all rows of a sequence. The pages of all sequences lie end to end, and the grid, which is resident
+as a whole, takes an equal share of them a block.
 """
 
 import tilelang.language as T
@@ -17,30 +16,42 @@ MAX_ROWS = 4
 def get_decode_score_kernel(heads: int):
     """A producer warp streams pages as in `score`; one consumer warpgroup scores them for four rows.
 
-    The keys begin to stream before the heads are known: only the consumers wait for the kernel before this one.
+    After `decode_route` (`routed` is 1) the keys begin to stream before the heads are known: only the heads are that
+    kernel's, and only what follows from them waits for it.
     """
     columns = MAX_ROWS * heads
+    pieces = columns * 8 // 128  # of 16 bytes of the queries, a thread
     rows, num_heads, pages, batch, max_pages, active_heads, stride, width = dimensions(
         "rows num_heads pages batch max_pages active_heads table_stride width"
     )
 
     @T.macro
-    def load_queries(q, weights, active, seq, rows_per_seq, q_shared, gate):
+    def load_queries(
+        q, weights, active, seq, rows_per_seq, heads_of, piece, q_shared, gate
+    ):
+        """Every load of a step is under way before the first is waited for."""
         tx = T.get_thread_binding()
-        for i in T.unroll(-(-columns * 8 // 128)):
-            c = (i * 128 + tx) // 8
-            d = (i * 128 + tx) % 8 * 16
+        row = seq * rows_per_seq + T.min(tx % 4, rows_per_seq - 1)
+        for i in T.unroll(pieces):
+            c = T.min((i * 128 + tx) // 8, columns - 1)
             j = c // 8 * 2 + c % 2
             r = seq * rows_per_seq + T.min(c % 8 // 2, rows_per_seq - 1)
-            if c < columns:
-                head = active[r, T.min(j, active_heads - 1)]
-                for v in T.vectorized(16):
-                    q_shared[c, d + v] = q[r, head, d + v]
+            heads_of[i] = active[r, T.min(j, active_heads - 1)]
         for j in T.unroll(heads):
-            gate[j] = 0.0
-            if j < active_heads:
-                row = seq * rows_per_seq + T.min(tx % 4, rows_per_seq - 1)
-                gate[j] = weights[row, active[row, j]]
+            heads_of[pieces + j] = active[row, T.min(j, active_heads - 1)]
+        for i in T.unroll(pieces):
+            c = T.min((i * 128 + tx) // 8, columns - 1)
+            r = seq * rows_per_seq + T.min(c % 8 // 2, rows_per_seq - 1)
+            for v in T.vectorized(16):
+                piece[i * 16 + v] = q[r, heads_of[i], tx % 8 * 16 + v]
+        for j in T.unroll(heads):
+            gate[j] = weights[row, heads_of[pieces + j]]
+        for j in T.unroll(heads):
+            gate[j] = T.if_then_else(j < active_heads, gate[j], 0.0)
+        for i in T.unroll(pieces):
+            c = (i * 128 + tx) // 8
+            for v in T.vectorized(16):
+                q_shared[c, tx % 8 * 16 + v] = piece[i * 16 + v]
 
     @T.prim_func
     def decode_score(
@@ -51,10 +62,10 @@ def get_decode_score_kernel(heads: int):
         scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
-        progress: T.Tensor((batch,), T.int32),
         scores: T.Tensor((rows, width), T.float32),
         rows_per_seq: T.int32,
         blocks: T.int32,
+        routed: T.int32,
         topk: T.int32,
         init_tokens: T.int32,
         local_tokens: T.int32,
@@ -70,7 +81,9 @@ def get_decode_score_kernel(heads: int):
             gate = T.alloc_local((heads,), T.float32)
             scale = T.alloc_local((2,), T.float32)
             score = T.alloc_local((2,), T.float32)
-            walk = T.alloc_local((12,), T.int32)
+            walk = T.alloc_local((8,), T.int32)
+            heads_of = T.alloc_local((pieces + heads,), T.int32)
+            piece = T.alloc_local((pieces * 16,), T.float8_e4m3fn)
             length = T.alloc_var(T.int32)
             count = T.alloc_var(T.int32)
             page = T.alloc_var(T.int32)
@@ -79,6 +92,10 @@ def get_decode_score_kernel(heads: int):
             lane = tx % 32
             token = tx % 128 // 32 * 16 + lane // 4
 
+            if routed == 0:
+                T.pdl_sync()
+            # The next kernel does little before it waits for this one, but it takes a while to start.
+            T.pdl_trigger()
             count = T.call_extern(
                 "int32",
                 "misa::walk_begin",
@@ -123,9 +140,6 @@ def get_decode_score_kernel(heads: int):
                     )
                     T.mbarrier_arrive(full[i % STAGES])
             with T.ws(0):
-                T.pdl_sync()
-                # The next kernel waits for `progress`, which has been cleared by now.
-                T.pdl_trigger()
                 row = 0
                 length = 0
                 for i in T.serial(count):
@@ -138,16 +152,28 @@ def get_decode_score_kernel(heads: int):
                         rows_per_seq,
                         topk,
                     ):
-                        load_queries(
-                            q, weights, active, walk[0], rows_per_seq, q_shared, gate
-                        )
-                        T.fence_proxy_async()
-                        T.sync_threads(1, 128)
                         # Lanes without a row of their own score one that is there and store nothing.
                         row = walk[0] * rows_per_seq + T.min(lane % 4, rows_per_seq - 1)
                         length = 0
                         if lane % 4 < rows_per_seq:
                             length = lengths[row]
+                        # The heads are those of the kernel before this one; nothing more of it is waited for.
+                        T.pdl_sync()
+                        T.call_extern("handle", "misa::sync_scorers")
+                        load_queries(
+                            q,
+                            weights,
+                            active,
+                            walk[0],
+                            rows_per_seq,
+                            heads_of,
+                            piece,
+                            q_shared,
+                            gate,
+                        )
+                        T.call_extern("handle", "misa::publish_to_scorers")
+                        # The same fence once more, or TileLang places one before every page's products.
+                        T.fence_proxy_async()
                     T.mbarrier_wait_parity(full[i % STAGES], (i // STAGES) % 2)
                     T.gemm(
                         k_shared[i % STAGES, :, :],
@@ -156,8 +182,12 @@ def get_decode_score_kernel(heads: int):
                         transpose_B=True,
                         clear_accum=True,
                     )
-                    scale[0] = s_shared[i % STAGES, token]
-                    scale[1] = s_shared[i % STAGES, token + 8]
+                    for rr in T.unroll(2):
+                        scale[rr] = T.call_extern(
+                            "float32",
+                            "misa::load_scale",
+                            T.address_of(s_shared[i % STAGES, token + rr * 8]),
+                        )
                     T.sync_warp()
                     if lane == 0:
                         T.mbarrier_arrive(empty[i % STAGES])
@@ -179,13 +209,7 @@ def get_decode_score_kernel(heads: int):
                         local_tokens,
                         T.address_of(scores[row, 0]),
                     )
-                    if walk[2] == 0:
-                        T.sync_threads(1, 128)
-                        T.call_extern(
-                            "handle",
-                            "misa::report_progress",
-                            T.address_of(progress[walk[0]]),
-                            walk[3],
-                        )
+                # A block without a page waits as well: whoever waits for this kernel relies on all before it.
+                T.pdl_sync()
 
     return decode_score

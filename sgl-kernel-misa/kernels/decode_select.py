@@ -1,23 +1,19 @@
 """Exact top-k of a row from its scores.
 
-The blocks of a cluster share a row, each with a slice of its scores in shared memory, and exchange what they count through
+The blocks of a cluster share a row, each with its part of the scores in registers, and exchange what they count through
 distributed shared memory. A sample bounds the k-th score from below, so that only the scores above it are counted; where
-that fails, all digits of all scores are. Then each block writes the positions of its slice.
-
-The kernel starts while `decode_score` still runs, and waits for the sequence of its own row only.
+that fails, all digits of all scores are. Then each block writes the positions of its part.
 """
 
 import tilelang.language as T
 
 from kernels.dimensions import dimensions
 
-CLUSTER = 8  # kCluster of decode_select.cuh
-THREADS = 512
-CAPACITY = 16384  # scores of a slice that shared memory holds; of longer slices they are read again
+THREADS = 512  # kThreads of decode_select.cuh
 
 
-def get_decode_select_kernel():
-    """A cluster a row."""
+def get_decode_select_kernel(ranks: int):
+    """A cluster of `ranks` blocks a row. It starts while `decode_score` runs, and prepares what does not depend on it."""
     rows, batch, max_pages, stride, width, topk = dimensions(
         "rows batch max_pages table_stride width topk"
     )
@@ -27,23 +23,20 @@ def get_decode_select_kernel():
         scores: T.Tensor((rows, width), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
-        progress: T.Tensor((batch,), T.int32),
         offsets: T.Tensor((rows,), T.int32),
         out: T.Tensor((rows, topk), T.int32),
         rows_per_seq: T.int32,
         form: T.int32,
     ):
-        with T.Kernel(CLUSTER, rows, threads=THREADS, cluster_dims=(CLUSTER, 1, 1)) as (
+        with T.Kernel(ranks, rows, threads=THREADS, cluster_dims=(ranks, 1, 1)) as (
             rank,
             row,
         ):
             T.import_source('#include "decode_select.cuh"\n')
             T.annotate_min_blocks_per_sm(2)
-            keys = T.alloc_shared((CAPACITY,), T.uint32)
             bins = T.alloc_shared((2 * 2048,), T.int32)
             scratch = T.alloc_shared((64,), T.int32)
             length = T.alloc_var(T.int32)
-            longest = T.alloc_var(T.int32)
             offset = T.alloc_var(T.int32)
             seq = T.truncdiv(row, rows_per_seq)
             length = lengths[row]
@@ -52,18 +45,9 @@ def get_decode_select_kernel():
                 offset = offsets[row]
             # The length is that of the whole cluster: all of its blocks wait for each other, or none.
             if length > topk:
-                longest = 0
-                for r in T.serial(rows_per_seq):
-                    longest = T.max(longest, lengths[seq * rows_per_seq + r])
                 T.call_extern(
                     "handle",
-                    "misa::wait_for_progress",
-                    T.address_of(progress[seq]),
-                    (longest + 63) // 64,
-                )
-                T.call_extern(
-                    "handle",
-                    f"misa::select_row<{THREADS}>",
+                    f"misa::select_row<{ranks}>",
                     T.address_of(scores[row, 0]),
                     length,
                     topk,
@@ -71,8 +55,6 @@ def get_decode_select_kernel():
                     form,
                     T.address_of(page_table[seq, 0]),
                     offset,
-                    T.address_of(keys[0]),
-                    CAPACITY,
                     T.address_of(bins[0]),
                     T.address_of(scratch[0]),
                     T.address_of(out[row, 0]),

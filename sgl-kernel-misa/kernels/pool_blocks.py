@@ -19,7 +19,6 @@ def get_pool_blocks_kernel():
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
-        progress: T.Tensor((batch,), T.int32),
         out: T.Tensor((batch, blocks, 128), T.bfloat16),
         block_pages: T.int32,
     ):
@@ -29,9 +28,6 @@ def get_pool_blocks_kernel():
             length = T.alloc_var(T.int32)
             d = T.get_thread_binding()
             T.pdl_trigger()
-            # What `decode_score` counts; this kernel comes before it.
-            if block == 0 and d == 0:
-                progress[seq] = 0
             length = 0
             if cu_rows[seq] < cu_rows[seq + 1]:
                 length = lengths[cu_rows[seq + 1] - 1]

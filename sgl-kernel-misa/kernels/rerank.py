@@ -64,8 +64,6 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
             seq = T.call_extern(
                 "int32", "misa::sequence_of_row", cu_rows.data, batch, row
             )
-            if blocks > 1:
-                T.call_extern("handle", "misa::cluster_arrive")
             count = 0
             if seq < batch:
                 # An entry is a slot until its key is gathered, then a score.
@@ -81,9 +79,6 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
                     T.address_of(scratch[0]),
                 )
             mine = T.max(T.min(count - rank * share, share), 0)
-            if blocks > 1:
-                # All blocks have started: from here on scores may be put into the first one.
-                T.call_extern("handle", "misa::cluster_wait")
             offset = 0
             if form == 2:
                 offset = offsets[row]
@@ -141,17 +136,19 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
                     # Entries that only fill up the last tile get scores too; nobody looks at them.
                     if tx % 4 == 0:
                         for rr in T.unroll(2):
-                            T.call_extern(
-                                "handle",
-                                f"misa::put_score<{blocks}>",
-                                T.address_of(scores[0]),
-                                rank * share + tile * TILE + entry + rr * 8,
-                                score[rr],
+                            scores[tile * TILE + entry + rr * 8] = T.call_extern(
+                                "uint32", "misa::ordered", score[rr]
                             )
                     T.sync_threads()
                 if blocks > 1:
-                    T.call_extern("handle", "misa::cluster_arrive")
-                    T.call_extern("handle", "misa::cluster_wait")
+                    T.call_extern(
+                        "handle",
+                        f"misa::collect_scores<{THREADS}, {blocks}>",
+                        T.address_of(scores[0]),
+                        share,
+                        count,
+                        rank,
+                    )
                 if rank == 0:
                     if init_tokens + local_tokens > 0:
                         T.call_extern(

@@ -12,10 +12,10 @@ from kernel_batches import (
 )
 from kernel_checks import (
     check_batch,
+    check_heads,
     decode,
     needs_hopper,
     prefill,
-    route,
     routed_decode,
 )
 
@@ -138,11 +138,54 @@ def test_rows_alone_or_together():
 @pytest.mark.parametrize("num_heads", [32, 64])
 @pytest.mark.parametrize("options", [{}, {"init_tokens": 3, "output": "slots"}], ids=str)
 def test_routing_and_selection_in_one(rows, num_heads, options):
-    """The same as one after the other, for any number of sequences of any length."""
+    """The reference's heads, and the selection of these, for any number of sequences of any length."""
     batches = [[131_072], [70_000] * 8, [3000 * b % 20_000 for b in range(200)]]
     for tokens in batches:
         sequences = [random_inputs(rows, num_heads, n + rows, seed=n) for n in tokens]
         batch = write_batch(sequences)
         heads, out = routed_decode(batch, 8, 1024, 2048, **options)
-        assert torch.equal(heads, route(batch, 8, 1024))
+        check_heads(heads, batch, 8, 1024)
         assert torch.equal(out, decode(batch, heads, 2048, **options))
+
+
+def check_routing(batch, active_heads, block_size):
+    heads, out = routed_decode(batch, active_heads, block_size, 64)
+    check_heads(heads, batch, active_heads, block_size)
+    assert torch.equal(out, decode(batch, heads, 64))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_heads", [32, 64])
+@pytest.mark.parametrize("block_size", [64, 128, 1024, 2048])
+def test_routing(block_size, num_heads, rows):
+    """Rows before and behind the edges of pages and blocks, in one sequence and in many."""
+    lengths = [0, 1, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2047, 2048, 2049]
+    lengths += [3000, 16_384, 16_449, 131_072]
+    sequences = [random_inputs(rows, num_heads, max(n, rows), seed=n) for n in lengths]
+    sequences = [
+        s._replace(lengths=(s.lengths - max(rows - n, 0)).clamp(min=0))
+        for s, n in zip(sequences, lengths)
+    ]
+    check_routing(write_batch(sequences), 8, block_size)
+    check_routing(write_batch(sequences[-1:]), 8, block_size)
+
+
+@pytest.mark.parametrize("ends", [(0, 0, 64, 5000), (63, 64, 1088, 1089), (0, 1, 70_000, 131_071)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("block_size", [64, 1024, 2048])
+@pytest.mark.parametrize("active_heads", [1, 8, 32])
+def test_routing_of_rows_far_apart(ends, block_size, active_heads):
+    """The rows of a sequence may see different complete blocks, and each a partial one of its own."""
+    one = random_inputs(4, 64, max(ends), seed=1)
+    one = one._replace(lengths=torch.tensor(ends, device=one.q.device))
+    check_routing(write_batch([one, random_inputs(4, 64, 3000, seed=2)]), active_heads, block_size)  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", [1, 33, 34, 66, 67, 132, 133, 300])
+def test_routing_of_any_number_of_sequences(batch_size):
+    specs = [(2, 2 + b * 1701 % 9000) for b in range(batch_size)]
+    check_routing(make_batch("random", specs, 64), 8, 1024)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_routing_of_kinds(kind):
+    check_routing(make_batch(kind, [(4, 5000), (4, 70), (4, 3)], 64), 8, 128)

@@ -1,9 +1,9 @@
 """Selection for decode and speculative verify: score all tokens, then select among the scores.
 
 Here the fp32 scores of rows x context are written: they are small beside the keys, which are read once. The kernels overlap:
-keys begin to stream while the router still works, and a sequence is selected from while later ones are scored. That is safe
-because the kernel that comes first in an operation waits for everything before it; what the others need of each other they
-wait for themselves.
+keys begin to stream while the router still works, and each kernel starts before the one ahead of it has finished. That is
+safe because the kernel that comes first in an operation waits for everything before it; what the others need of each other
+they wait for themselves, and none ends before those ahead of it.
 """
 
 from typing import Optional
@@ -15,15 +15,17 @@ from sgl_kernel_misa.tensors import (
     FORMS,
     NUM_SMS,
     all_heads,
+    cluster_ranks,
     keys_and_scales,
     no_offsets,
     padded_heads,
 )
 
 MAX_ROWS = 4  # of a sequence
+SELECT_CAPACITY = 16384  # scores that a block of `decode_select` holds in registers
 # Blocks that score, all resident at once, by the heads that the kernel is compiled for. Its registers and shared memory leave
-# room for so many on each SM, and for a block of `decode_select` beside two of few heads.
-SCORE_BLOCKS = {8: 2 * NUM_SMS, 16: 2 * NUM_SMS, 32: 2 * NUM_SMS, 64: NUM_SMS}
+# room for so many on each SM, and for a block of `decode_route` or `decode_select` beside two of few heads.
+SCORE_BLOCKS = {8: 2 * NUM_SMS, 16: 2 * NUM_SMS, 32: NUM_SMS, 64: NUM_SMS}
 
 
 def select(
@@ -36,7 +38,7 @@ def select(
     lengths: torch.Tensor,
     out: torch.Tensor,
     *,
-    progress: Optional[torch.Tensor] = None,
+    routed: bool = False,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
@@ -45,10 +47,8 @@ def select(
     """Write the selections of `ops.topk_decode` to `out`, int32 [T, topk].
 
     Args:
-        progress: int32 [B], cleared by the kernel before this one; None for a tensor of its own.
+        routed: `heads` come from `routing.route_decode`, launched right before.
     """
-    if progress is None:
-        progress = lengths.new_zeros(page_table.shape[0])
     active = all_heads(q) if heads is None else heads
     rows, topk = out.shape
     batch, max_pages = page_table.shape
@@ -71,10 +71,10 @@ def select(
         scales=scales,
         **table,
         lengths=lengths,
-        progress=progress,
         scores=scores,
         rows_per_seq=rows_per_seq,
         blocks=SCORE_BLOCKS[compiled],
+        routed=int(routed),
         topk=topk,
         init_tokens=init_tokens,
         local_tokens=local_tokens,
@@ -85,11 +85,10 @@ def select(
         width=width,
     )
     launch(
-        "decode_select",
+        f"decode_select_{cluster_ranks(rows, -(-width // SELECT_CAPACITY))}",
         scores=scores,
         **table,
         lengths=lengths,
-        progress=progress,
         offsets=no_offsets(lengths) if offsets is None else offsets,
         out=out,
         rows_per_seq=rows_per_seq,

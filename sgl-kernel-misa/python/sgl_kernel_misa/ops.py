@@ -389,17 +389,15 @@ def _route_topk_decode(q, weights, pooled_keys, index_k, page_table, cu_rows, ro
         **options,
     )
     if q.shape[0] > 0:
-        progress = lengths.new_empty(page_table.shape[0])
-        routing.route(
+        routing.route_decode(
             q,
             weights,
             pooled_keys,
             page_table,
-            cu_rows,
+            rows_per_seq,
             lengths,
             block_size,
             heads,
-            progress,
         )
         decode.select(
             q,
@@ -410,7 +408,7 @@ def _route_topk_decode(q, weights, pooled_keys, index_k, page_table, cu_rows, ro
             rows_per_seq,
             lengths,
             out,
-            progress=progress,
+            routed=True,
             **options,
         )
     return heads, out

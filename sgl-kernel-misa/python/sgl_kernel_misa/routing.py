@@ -1,10 +1,9 @@
-"""Routing: pool the complete blocks of every sequence, then choose every row's heads."""
-
-from typing import Optional
+"""Routing: pool the complete blocks of every sequence, then choose every row's heads; in decode one kernel does both."""
 
 import torch
 from sgl_kernel_misa.checks import HEAD_DIM, PAGE_SIZE
 from sgl_kernel_misa.library import launch
+from sgl_kernel_misa.tensors import cluster_ranks
 
 
 def route(
@@ -16,9 +15,8 @@ def route(
     lengths: torch.Tensor,
     block_size: int,
     out: torch.Tensor,
-    progress: Optional[torch.Tensor] = None,
 ) -> None:
-    """Write the heads of `ops.route` to `out`, int32 [T, active_heads]; clears `progress`, int32 [B], for `decode.select`."""
+    """Write the heads of `ops.route` to `out`, int32 [T, active_heads]."""
     batch, max_pages = page_table.shape
     block_pages = block_size // PAGE_SIZE
     blocks = max(1, max_pages // block_pages)
@@ -36,9 +34,7 @@ def route(
         blocks=blocks,
         rows=q.shape[0],
     )
-    if progress is None:
-        progress = lengths.new_empty(batch)
-    launch("pool_blocks", progress=progress, out=pooled_blocks, **common)
+    launch("pool_blocks", out=pooled_blocks, **common)
     launch(
         f"route_{q.shape[1]}",
         q=q,
@@ -47,4 +43,35 @@ def route(
         out=out,
         active_heads=out.shape[1],
         **common,
+    )
+
+
+def route_decode(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    pooled_keys: torch.Tensor,
+    page_table: torch.Tensor,
+    rows_per_seq: int,
+    lengths: torch.Tensor,
+    block_size: int,
+    out: torch.Tensor,
+) -> None:
+    """The same for 1 to 4 rows a sequence; `decode.select` may begin while it works."""
+    batch, max_pages = page_table.shape
+    launch(
+        f"decode_route_{q.shape[1]}_{cluster_ranks(batch)}",
+        q=q,
+        weights=weights,
+        pooled_keys=pooled_keys,
+        page_table=page_table,
+        lengths=lengths,
+        out=out,
+        rows_per_seq=rows_per_seq,
+        block_pages=block_size // PAGE_SIZE,
+        rows=q.shape[0],
+        pages=pooled_keys.shape[0],
+        batch=batch,
+        max_pages=max_pages,
+        table_stride=page_table.stride(0),
+        active_heads=out.shape[1],
     )

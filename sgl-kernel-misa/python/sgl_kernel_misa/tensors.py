@@ -25,6 +25,18 @@ def all_heads(q: torch.Tensor) -> torch.Tensor:
     return heads.expand(q.shape[0], -1).contiguous()
 
 
+def cluster_ranks(count: int, least: int = 1) -> int:
+    """Blocks of each of `count` clusters: 1, 2, 4 or 8.
+
+    The most with which the chip holds all of them at once, two blocks on an SM; more where fewer than `least` would be left.
+    """
+    return next(
+        ranks
+        for ranks in (8, 4, 2, 1)
+        if ranks == 1 or ranks * count <= 2 * NUM_SMS or ranks // 2 < least
+    )
+
+
 def padded_heads(count: int) -> int:
     """Heads that the scoring kernels are compiled for, at least `count`."""
     return next(size for size in (8, 16, 32, 64) if size >= count)

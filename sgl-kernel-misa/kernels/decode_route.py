@@ -1,0 +1,69 @@
+"""The router of decode: which heads score the rows of a sequence, in one kernel.
+
+The same heads as `pool_blocks` and `route` choose, by the same definitions; the sums over blocks are in another order.
+"""
+
+import tilelang.language as T
+
+from kernels.dimensions import dimensions
+
+THREADS = 256  # kThreads of decode_route.cuh
+TILE = 16  # kTile
+KEY_BYTES = 320  # kKeyBytes
+MAX_ROWS = 4  # kMaxRows
+
+
+def get_decode_route_kernel(num_heads: int, ranks: int):
+    """A cluster of `ranks` blocks a sequence; its pooled keys are dealt to them."""
+    rows, pages, batch, max_pages, stride, active_heads = dimensions(
+        "rows pages batch max_pages table_stride active_heads"
+    )
+
+    @T.prim_func
+    def decode_route(
+        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        weights: T.Tensor((rows, num_heads), T.float32),
+        pooled_keys: T.Tensor((pages, 128), T.bfloat16),
+        page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
+        lengths: T.Tensor((rows,), T.int32),
+        out: T.Tensor((rows, active_heads), T.int32),
+        rows_per_seq: T.int32,
+        block_pages: T.int32,
+    ):
+        with T.Kernel(ranks, batch, threads=THREADS, cluster_dims=(ranks, 1, 1)) as (
+            rank,
+            seq,
+        ):
+            T.import_source('#include "decode_route.cuh"\n')
+            T.annotate_min_blocks_per_sm(2)
+            q_shared = T.alloc_shared((MAX_ROWS * num_heads, 128), T.int8)
+            k_shared = T.alloc_shared((TILE, KEY_BYTES), T.int8)
+            sees = T.alloc_shared((2 * TILE,), T.uint32)
+            sums = T.alloc_shared((MAX_ROWS * num_heads,), T.float32)
+            estimates = T.alloc_shared((MAX_ROWS * num_heads,), T.float32)
+            votes = T.alloc_shared((2 * MAX_ROWS,), T.uint32)
+            # `decode_score` may start: until it has the heads it reads only what was there before this kernel.
+            T.pdl_trigger()
+            T.call_extern(
+                "handle",
+                f"misa::route_sequence<{num_heads}, {ranks}>",
+                T.address_of(q[seq * rows_per_seq, 0, 0]),
+                T.address_of(weights[seq * rows_per_seq, 0]),
+                pooled_keys.data,
+                T.address_of(page_table[seq, 0]),
+                T.address_of(lengths[seq * rows_per_seq]),
+                rows_per_seq,
+                max_pages,
+                block_pages,
+                active_heads,
+                rank,
+                T.address_of(q_shared[0, 0]),
+                T.address_of(k_shared[0, 0]),
+                T.address_of(sees[0]),
+                T.address_of(sums[0]),
+                T.address_of(estimates[0]),
+                T.address_of(votes[0]),
+                T.address_of(out[seq * rows_per_seq, 0]),
+            )
+
+    return decode_route
