@@ -16,6 +16,8 @@ constexpr int kBatch = kLoads * 4 * 32;       // tokens that a warp holds
 constexpr int kRowSamples = 2 * kThreads;     // scores that bound the k-th one from below
 constexpr int kFineBins = kThreads;           // of the histogram of the scores over that bound
 constexpr int kContenders = kThreads;         // scores of a bin that are compared one with another
+constexpr int kCandidates = 6144;             // tokens over that bound that a block lists
+constexpr int kTooMany = 1 << 24;             // stands for more than that in a histogram
 constexpr unsigned kLastPosition = 0x3fffffu;
 constexpr unsigned kInfinity = 0xff800000u;   // as an ordered key
 
@@ -51,62 +53,51 @@ constexpr int kDigitShift = DIGIT < 2 ? 43 - 11 * DIGIT : DIGIT == 2 ? 22 : DIGI
 // The first token of this lane in a batch that begins with token `first`: its others are 1, 2, 3, 128, 129, ... further on.
 __device__ __forceinline__ int token_of_lane(int first) { return first + threadIdx.x % 32 * 4; }
 
-// Begins to load the scores of a batch, four adjacent ones a lane and load. They may have been written while this kernel ran
-// already, so they are read through L2.
-__device__ __forceinline__ void load_scores(const Part& part, int first, uint4 (&keys)[kLoads]) {
-  const float* const scores = part.scores + token_of_lane(first);
+// Begins to load the scores of a batch, four adjacent ones a lane and load; NaN past the end, but for the rest of a load. They
+// may have been written while this kernel ran already, so they are read through L2.
+__device__ __forceinline__ void load_scores(const Part& part, int first, uint4 (&scores)[kLoads]) {
+  const float* const from = part.scores + token_of_lane(first);
   const int left = part.end - token_of_lane(first);
 #pragma unroll
   for (int u = 0; u < kLoads; ++u) {
-    keys[u] = make_uint4(0, 0, 0, 0);
-    if (u * 128 < left) keys[u] = __ldcg(reinterpret_cast<const uint4*>(scores + u * 128));
+    scores[u] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    if (u * 128 < left) scores[u] = __ldcg(reinterpret_cast<const uint4*>(from + u * 128));
   }
 }
 
-// Makes ordered keys of them; 0, which no number has, past the end.
-__device__ __forceinline__ void order_scores(const Part& part, int first, uint4 (&keys)[kLoads]) {
-  const int left = part.end - token_of_lane(first);
-#pragma unroll
-  for (int u = 0; u < kLoads; ++u) {
-    keys[u].x = u * 128 < left ? ordered(__uint_as_float(keys[u].x)) : 0;
-    keys[u].y = u * 128 + 1 < left ? ordered(__uint_as_float(keys[u].y)) : 0;
-    keys[u].z = u * 128 + 2 < left ? ordered(__uint_as_float(keys[u].z)) : 0;
-    keys[u].w = u * 128 + 3 < left ? ordered(__uint_as_float(keys[u].w)) : 0;
-  }
-}
-
-// Calls visit(key, i, n) for all tokens of this lane, the n-th one i tokens after its first, and a few keys 0.
-template <typename Visit>
-__device__ __forceinline__ void for_each_of_lane(const uint4 (&keys)[kLoads], Visit visit) {
-#pragma unroll
-  for (int u = 0; u < kLoads; ++u) {
-    visit(keys[u].x, u * 128, u * 4);
-    visit(keys[u].y, u * 128 + 1, u * 4 + 1);
-    visit(keys[u].z, u * 128 + 2, u * 4 + 2);
-    visit(keys[u].w, u * 128 + 3, u * 4 + 3);
-  }
-}
-
-// Which of this lane's tokens satisfy test(key, i), by their number.
-template <typename Test>
-__device__ __forceinline__ unsigned mask_of_lane(const uint4 (&keys)[kLoads], Test test) {
+// Which of this lane's scores of a batch reach `low`, by the number of their token.
+__device__ __forceinline__ unsigned reaching(const Part& part, int first, const uint4 (&scores)[kLoads], float low) {
   unsigned mask = 0;
-  for_each_of_lane(keys, [&](unsigned key, int i, int n) { mask |= (unsigned)test(key, i) << n; });
+#pragma unroll
+  for (int u = 0; u < kLoads; ++u) {
+    mask |= (unsigned)(__uint_as_float(scores[u].x) >= low) << u * 4;
+    mask |= (unsigned)(__uint_as_float(scores[u].y) >= low) << (u * 4 + 1);
+    mask |= (unsigned)(__uint_as_float(scores[u].z) >= low) << (u * 4 + 2);
+    mask |= (unsigned)(__uint_as_float(scores[u].w) >= low) << (u * 4 + 3);
+  }
+  // The end of the row may lie in the middle of a load.
+  const int left = part.end - token_of_lane(first), rest = left % 128;
+  if (left > 0 && left < kBatch && rest < 4) mask &= ~(0xfu << left / 128 * 4) | ((1u << rest) - 1) << left / 128 * 4;
   return mask;
 }
 
-// Calls visit(first, keys) for the batches of a part: the one that is HELD in registers, or all, which are loaded again.
-template <bool HELD, typename Visit>
-__device__ __forceinline__ void for_each_batch(const Part& part, uint4 (&keys)[kLoads], Visit visit) {
-  if constexpr (HELD) {
-    visit(part.first, keys);
-  } else {
-    for (int first = part.first; first < part.end; first += kBatch) {
-      load_scores(part, first, keys);
-      order_scores(part, first, keys);
-      visit(first, keys);
-    }
+// Calls visit(token, keys, count) for the tokens of a part, 128 at a time: those of this lane are `count` from `token` on.
+template <typename Visit>
+__device__ __forceinline__ void for_each_load(const Part& part, Visit visit) {
+  for (int first = part.first; first < part.end; first += 128) {
+    const int token = token_of_lane(first), count = min(max(part.end - token, 0), 4);
+    float4 loaded = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (count > 0) loaded = __ldcg(reinterpret_cast<const float4*>(part.scores + token));
+    const unsigned keys[4] = {ordered(loaded.x), ordered(loaded.y), ordered(loaded.z), ordered(loaded.w)};
+    visit(token, keys, count);
   }
+}
+
+// From what every warp has put into values[warp], before a barrier: the sum over the warps before this one, and over all.
+__device__ __forceinline__ int sum_of_warps_before(const int* values, int& total) {
+  const int lane = threadIdx.x % 32, value = lane < kWarps ? values[lane] : 0;
+  total = __reduce_add_sync(0xffffffffu, value);
+  return __reduce_add_sync(0xffffffffu, lane < threadIdx.x / 32 ? value : 0);
 }
 
 // Finds the bin that holds the `need`-th largest entry of the sum of all blocks' histograms. A barrier of the blocks comes
@@ -143,15 +134,9 @@ __device__ __forceinline__ int find_bin_of_all(const int* bins, int need, int ra
     scratch[kWarps + warp] = earlier_inclusive;
   }
   __syncthreads();
-  int above = inclusive - sum, earlier_above = earlier_inclusive - earlier_sum, total = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) {
-      above += scratch[i];
-      if (RANKS > 1) earlier_above += scratch[kWarps + i];
-    }
-    total += scratch[i];
-  }
+  int total, earlier_total;
+  int above = inclusive - sum + sum_of_warps_before(scratch, total), earlier_above = 0;
+  if (RANKS > 1) earlier_above = earlier_inclusive - earlier_sum + sum_of_warps_before(scratch + kWarps, earlier_total);
   Bin* const result = reinterpret_cast<Bin*>(scratch + kFound);
 #pragma unroll
   for (int i = kPer - 1; i >= 0; --i) {
@@ -184,12 +169,8 @@ __device__ __forceinline__ unsigned bound_from_below(const unsigned (&sample)[2]
     scratch[kWarps + threadIdx.x / 32] = (int)most;
   }
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    least = min(least, (unsigned)scratch[i]);
-    most = max(most, (unsigned)scratch[kWarps + i]);
-  }
-  most = max(most, least);
+  least = __reduce_min_sync(0xffffffffu, (unsigned)scratch[threadIdx.x % kWarps]);
+  most = max(__reduce_max_sync(0xffffffffu, (unsigned)scratch[kWarps + threadIdx.x % kWarps]), least);
   const int coarse = shift_to_fit<11>(most - least);
 #pragma unroll
   for (int i = 0; i < 2; ++i) atomicAdd(&bins[min((sample[i] - least) >> coarse, kBins - 1u)], 1);
@@ -203,48 +184,114 @@ __device__ __forceinline__ unsigned bound_from_below(const unsigned (&sample)[2]
   return low;
 }
 
-// The cut between a row's topk best and the others, by a histogram of the scores over a bound that a sample gives. False if
-// the scores are too unevenly spread for that. bins: kBins and kFineBins that are clear. before: how many tokens are selected in
-// the blocks of lower rank. The blocks leave with a cluster barrier arrived at and not waited for, if they are several.
-template <int RANKS, bool HELD>
-__device__ __forceinline__ bool cut_by_sample(const unsigned (&sample)[2], int need_of_sample, int topk, const Part& part,
-                                              uint4 (&keys)[kLoads], int rank, int* bins, int* scratch, Cut& cut, int& before) {
-  int shift;
-  const unsigned low = bound_from_below(sample, need_of_sample, bins, scratch, shift);
-  if constexpr (HELD) order_scores(part, part.first, keys);
+// The counts of the bits of a lane's mask in its eight groups of four, a byte each: groups 0, 2, 4, 6 and 1, 3, 5, 7; then the
+// sums over the lanes before this one, and over all (at most 128).
+struct GroupCounts {
+  unsigned before[2], total[2];
+};
+
+__device__ __forceinline__ GroupCounts count_groups(unsigned mask) {
+  unsigned count = mask - (mask >> 1 & 0x55555555u);
+  count = (count & 0x33333333u) + (count >> 2 & 0x33333333u);
+  const unsigned counts[2] = {count & 0x0f0f0f0fu, count >> 4 & 0x0f0f0f0fu};
+  GroupCounts groups;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned inclusive = (unsigned)warp_inclusive_scan((int)counts[i]);
+    groups.before[i] = inclusive - counts[i];
+    groups.total[i] = __shfl_sync(0xffffffffu, inclusive, 31);
+  }
+  return groups;
+}
+
+// Calls write(slot, u) for the groups of a batch, where `slot` is that of this lane's first token of group u if the tokens with
+// a bit in the masks are counted in their order. Returns how many there are.
+template <typename Write>
+__device__ __forceinline__ int for_each_group(unsigned mask, Write write) {
+  const GroupCounts groups = count_groups(mask);
+  int written = 0;
+#pragma unroll
+  for (int u = 0; u < kLoads; ++u) {
+    write(written + (int)(groups.before[u % 2] >> u / 2 * 8 & 0xffu), u);
+    written += (int)(groups.total[u % 2] >> u / 2 * 8 & 0xffu);
+  }
+  return written;
+}
+
+// Lists a block's tokens whose scores reach `low`, in their order: (score, position). Returns how many there are; if these are
+// more than kCandidates, none is listed. scores: the first batch of the part; if it is HELD the part has no other. Ends with a
+// barrier.
+template <bool HELD>
+__device__ __forceinline__ int list_candidates(const Part& part, uint4 (&scores)[kLoads], float low, uint2* list, int* counts) {
+  unsigned mask = reaching(part, part.first, scores, low);
+  int mine = __popc(mask), total;
+  if constexpr (!HELD) {
+    for (int first = part.first + kBatch; first < part.end; first += kBatch) {
+      load_scores(part, first, scores);
+      mine += __popc(reaching(part, first, scores, low));
+    }
+  }
+  mine = __reduce_add_sync(0xffffffffu, mine);
+  if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = mine;
+  __syncthreads();
+  list += sum_of_warps_before(counts, total);
+  if (total <= kCandidates) {
+    for (int first = part.first; first < part.end; first += kBatch) {
+      if constexpr (!HELD) {
+        load_scores(part, first, scores);
+        mask = reaching(part, first, scores, low);
+      }
+      list += for_each_group(mask, [&](int slot, int u) {
+        const unsigned score[4] = {scores[u].x, scores[u].y, scores[u].z, scores[u].w};
+        const int token = token_of_lane(first) + u * 128;
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          if (mask >> (u * 4 + v) & 1) list[slot++] = make_uint2(score[v], token + v);
+        }
+      });
+    }
+  }
+  __syncthreads();
+  return total;
+}
+
+// The cut between a row's topk best and the others, by a histogram of the listed candidates: `count` of this block, all tokens
+// whose scores, as ordered keys, are at least `low`. False if they are too few, too many or too unevenly spread for that. bins:
+// kBins, and kFineBins that are clear. before: how many tokens are selected in the blocks of lower rank. The blocks leave with a
+// cluster barrier arrived at and not waited for, if they are several.
+template <int RANKS>
+__device__ __forceinline__ bool cut_candidates(const uint2* list, int count, unsigned low, int shift, int topk, int rank, int* bins,
+                                               int* scratch, Cut& cut, int& before) {
   int* const fine = bins + kBins;
   const auto bin_of = [&](unsigned key) { return (int)min((key - low) >> shift, kFineBins - 1u); };
-  for_each_batch<HELD>(part, keys, [&](int first, const uint4(&keys)[kLoads]) {
-    for_each_of_lane(keys, [&](unsigned key, int, int) {
-      if (key >= low) atomicAdd(&fine[bin_of(key)], 1);
-    });
-  });
+  if (count > kCandidates) {
+    if (threadIdx.x == 0) fine[0] = kTooMany;
+    count = 0;
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) atomicAdd(&fine[bin_of(ordered(__uint_as_float(list[i].x)))], 1);
   sync_ranks<RANKS>();
   Bin bin;
   const int total = find_bin_of_all<RANKS, kFineBins>(fine, topk, rank, scratch, bin);
   if (RANKS > 1) cluster_arrive();  // the other blocks' histograms were read
   const int need = topk - bin.above;
-  if (total < topk || bin.count > kContenders) return false;
+  if (total < topk || total >= kTooMany || bin.count > kContenders) return false;
 
   // The k-th entry is one of a few: each block shows its own to all, in a place of their list that is its own.
   unsigned long long* const contenders = reinterpret_cast<unsigned long long*>(bins);  // the sample's bins are done with
   static_assert(kContenders * sizeof(*contenders) <= kBins * sizeof(int), "they lie there");
-  for_each_batch<HELD>(part, keys, [&](int first, const uint4(&keys)[kLoads]) {
-    unsigned mask = mask_of_lane(keys, [&](unsigned key, int) { return key >= low && bin_of(key) == bin.index; });
-    for (; mask; mask &= mask - 1) {
-      const int which = __ffs(mask) - 1;
-      unsigned score = 0;
-      for_each_of_lane(keys, [&](unsigned key, int, int n) { score = n == which ? key : score; });
-      const int position = token_of_lane(first) + which / 4 * 128 + which % 4;
-      const unsigned long long entry = entry_key(score, position);
-      unsigned long long* const place = contenders + bin.earlier + atomicAdd(&scratch[kListed], 1);
-      if constexpr (RANKS == 1) {
-        *place = entry;
-      } else {
-        for (int r = 0; r < RANKS; ++r) send(place, entry, mailbox(scratch), r);
-      }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const unsigned key = ordered(__uint_as_float(list[i].x));
+    if (bin_of(key) != bin.index) continue;
+    const unsigned long long entry = entry_key(key, list[i].y);
+    unsigned long long* const place = contenders + bin.earlier + atomicAdd(&scratch[kListed], 1);
+    if constexpr (RANKS == 1) {
+      *place = entry;
+    } else {
+      for (int r = 0; r < RANKS; ++r) send(place, entry, mailbox(scratch), r);
     }
-  });
+  }
   if constexpr (RANKS == 1) {
     __syncthreads();
   } else {
@@ -255,6 +302,7 @@ __device__ __forceinline__ bool cut_by_sample(const unsigned (&sample)[2], int n
   if (threadIdx.x < bin.count) {
     const unsigned long long mine = contenders[threadIdx.x];
     int larger = 0;
+#pragma unroll 4
     for (int j = 0; j < bin.count; ++j) larger += contenders[j] > mine;
     selected = larger < need;
     if (larger == need - 1) {
@@ -266,25 +314,47 @@ __device__ __forceinline__ bool cut_by_sample(const unsigned (&sample)[2], int n
   return true;
 }
 
+__device__ __forceinline__ bool is_selected(unsigned key, int position, const Cut& cut) {
+  return key > cut.score || (key == cut.score && position <= cut.last);
+}
+
+// Writes the selected ones of a block's candidates behind the `before` tokens of the blocks of lower rank.
+__device__ __forceinline__ void emit_candidates(const uint2* list, int count, const Cut& cut, int before, int form,
+                                                const int* pages, int offset, int* counts, int* out) {
+  const int lane = threadIdx.x % 32, share = (count + kThreads - 1) / kThreads * 32;  // of a warp
+  const int first = threadIdx.x / 32 * share, last = min(first + share, count);
+  const auto selects = [&](int i) { return i < last && is_selected(ordered(__uint_as_float(list[i].x)), list[i].y, cut); };
+  int selected = 0, total;
+#pragma unroll 1
+  for (int i = first + lane; i < last; i += 32) selected += selects(i);
+  selected = __reduce_add_sync(0xffffffffu, selected);
+  if (lane == 0) counts[threadIdx.x / 32] = selected;
+  __syncthreads();
+  int slot = before + sum_of_warps_before(counts, total);
+#pragma unroll 1
+  for (int base = first; base < last; base += 32) {
+    const bool mine = selects(base + lane);
+    const unsigned vote = __ballot_sync(0xffffffffu, mine);
+    if (mine) out[slot + __popc(vote & ((1u << lane) - 1))] = output_index(list[base + lane].y, form, pages, offset);
+    slot += __popc(vote);
+  }
+}
+
 // One digit of the radix selection by all blocks that share a row. bins: two histograms of this block, of which the digit's
 // own is clear. Every thread returns with the same state; returns whether the selection is known.
 template <int RANKS, int DIGIT>
 __device__ __forceinline__ bool select_digit(const Part& part, int rank, int* bins, int* scratch, RadixState& state) {
   constexpr int kBefore = kDigitShift<DIGIT - 1>, kAfter = kDigitShift<DIGIT>;
   int* const mine = bins + DIGIT % 2 * kBins;
-  for (int first = part.first; first < part.end; first += 128) {
-    const int i = first + threadIdx.x % 32 * 4;
-    float4 loaded = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (i < part.end) loaded = __ldcg(reinterpret_cast<const float4*>(part.scores + i));
-    const float score[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+  for_each_load(part, [&](int token, const unsigned(&keys)[4], int count) {
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      const unsigned long long entry = entry_key(ordered(score[v]), i + v);
-      if (i + v < part.end && (DIGIT == 0 || entry >> kBefore == state.prefix)) {
+      const unsigned long long entry = entry_key(keys[v], token + v);
+      if (v < count && (DIGIT == 0 || entry >> kBefore == state.prefix)) {
         atomicAdd(&mine[(unsigned)(entry >> kAfter) & ((1u << (kBefore - kAfter)) - 1)], 1);
       }
     }
-  }
+  });
   sync_ranks<RANKS>();
   // All blocks have counted this digit, so none still reads the histogram of the digit before.
   clear_bins<kThreads>(bins + (DIGIT + 1) % 2 * kBins);
@@ -313,81 +383,39 @@ __device__ __forceinline__ Cut cut_by_radix(const Part& part, int topk, int rank
   return {(unsigned)(least >> kPositionBits), (int)(kLastPosition - ((unsigned)least & kLastPosition))};
 }
 
-// Which of this lane's tokens of a batch are selected.
-__device__ __forceinline__ unsigned selected_of_batch(int first, const uint4 (&keys)[kLoads], const Cut& cut) {
-  const int last = cut.last - token_of_lane(first);
-  return mask_of_lane(keys, [&](unsigned key, int i) { return key > cut.score || (key == cut.score && i <= last); });
-}
-
-// This lane's of the pages of a batch, if the output is slots.
-__device__ __forceinline__ int fetch_page(const Part& part, int first, int form, const int* pages) {
-  const int token = first + threadIdx.x % 32 * kPage;
-  return form == 1 && token < part.end && token < first + kBatch ? pages[token / kPage] : 0;
-}
-
-// Writes the selected tokens of a batch from `out` on, in the form asked for; returns how many there are.
-__device__ __forceinline__ int write_batch(unsigned mask, int first, int form, int page, int offset, int* out) {
-  const int lane = threadIdx.x % 32;
-  // The counts of the eight groups of four tokens, a byte each (at most 128 in a warp): even groups, odd groups.
-  unsigned count = mask - (mask >> 1 & 0x55555555u);
-  count = (count & 0x33333333u) + (count >> 2 & 0x33333333u);
-  const unsigned counts[2] = {count & 0x0f0f0f0fu, count >> 4 & 0x0f0f0f0fu};
-  unsigned inclusive[2], total[2];
+// Writes the selected tokens of a part. counts: one for every warp, and one more. The blocks leave with a cluster barrier arrived
+// at and not waited for, if they are several.
+template <int RANKS>
+__device__ __forceinline__ void emit_selected(const Part& part, const Cut& cut, int rank, int form, const int* pages, int offset,
+                                              int* counts, int* out) {
+  const auto selected_of = [&](int token, const unsigned(&keys)[4], int count) {
+    unsigned mask = 0;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    inclusive[i] = (unsigned)warp_inclusive_scan((int)counts[i]);
-    total[i] = __shfl_sync(0xffffffffu, inclusive[i], 31);
-  }
-  int written = 0;
-#pragma unroll
-  for (int u = 0; u < kLoads; ++u) {
-    const int of_token = __shfl_sync(0xffffffffu, page, u * 2 + lane / 16);
-    const int index = form == 1 ? of_token * kPage + lane * 4 % kPage : token_of_lane(first) + u * 128 + offset;
-    int to = written + (int)((inclusive[u % 2] - counts[u % 2]) >> u / 2 * 8 & 0xffu);
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      if (mask >> (u * 4 + v) & 1) out[to++] = index + v;
-    }
-    written += (int)(total[u % 2] >> u / 2 * 8 & 0xffu);
-  }
-  return written;
-}
-
-// Writes the selected tokens of a part. counts: one for every warp, and one more. before: tokens that are selected in the blocks
-// of lower rank, if that is KNOWN already. fetched: this lane's pages of the first batch.
-template <int RANKS, bool HELD, bool KNOWN>
-__device__ __forceinline__ void emit_selected(const Part& part, uint4 (&keys)[kLoads], const Cut& cut, int before, int rank,
-                                              int form, const int* pages, int fetched, int offset, int* counts, int* out) {
-  const int warp = threadIdx.x / 32;
-  unsigned mask = 0;
-  int selected = 0;
-  for_each_batch<HELD>(part, keys, [&](int first, const uint4(&keys)[kLoads]) {
-    mask = selected_of_batch(first, keys, cut);
-    selected += __popc(mask);
-  });
+    for (int v = 0; v < 4; ++v) mask |= (unsigned)(v < count && is_selected(keys[v], token + v, cut)) << v;
+    return mask;
+  };
+  int selected = 0, total;
+  for_each_load(part, [&](int token, const unsigned(&keys)[4], int count) { selected += __popc(selected_of(token, keys, count)); });
   selected = __reduce_add_sync(0xffffffffu, selected);
-  if (threadIdx.x % 32 == 0) counts[warp] = selected;
+  if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = selected;
   __syncthreads();
   // Every warp learns from the counts of those before it where its own tokens go.
-  int slot = 0, total = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) slot += counts[i];
-    total += counts[i];
-  }
-  if constexpr (RANKS > 1 && !KNOWN) {
+  int slot = sum_of_warps_before(counts, total);
+  if constexpr (RANKS > 1) {
     if (threadIdx.x == 0) counts[kWarps] = total;
     sync_ranks<RANKS>();
-    for (int r = 0; r < rank; ++r) before += load_peer(&counts[kWarps], r);
+    for (int r = 0; r < rank; ++r) slot += load_peer(&counts[kWarps], r);
     cluster_arrive();
   }
-  slot += before;
-  for_each_batch<HELD>(part, keys, [&](int first, const uint4(&keys)[kLoads]) {
-    if (!HELD) mask = selected_of_batch(first, keys, cut);
-    const int page = HELD ? fetched : fetch_page(part, first, form, pages);
-    slot += write_batch(mask, first, form, page, offset, out + slot);
+  for_each_load(part, [&](int token, const unsigned(&keys)[4], int count) {
+    const unsigned mask = selected_of(token, keys, count);
+    const int inclusive = warp_inclusive_scan(__popc(mask));
+    int to = slot + inclusive - __popc(mask);
+    for (int v = 0; v < 4; ++v) {
+      if (mask >> v & 1) out[to++] = output_index(token + v, form, pages, offset);
+    }
+    slot += __shfl_sync(0xffffffffu, inclusive, 31);
   });
-  if (RANKS > 1) cluster_wait();  // a block's shared memory is there until no other reads it
 }
 
 // Selects from a row whatever its scores are. Not inlined: it must not take registers from what is done for every row.
@@ -395,45 +423,48 @@ template <int RANKS>
 __device__ __noinline__ void select_by_radix(Part part, int topk, int rank, int form, const int* pages, int offset, int* bins,
                                              int* scratch, int* out) {
   const Cut cut = cut_by_radix<RANKS>(part, topk, rank, bins, scratch);
-  uint4 keys[kLoads];
-  emit_selected<RANKS, false, false>(part, keys, cut, 0, rank, form, pages, 0, offset, scratch, out);
+  emit_selected<RANKS>(part, cut, rank, form, pages, offset, scratch, out);
 }
 
-// Selects from a row that RANKS blocks share. need_of_sample: see `bound_from_below`; fetched: see `emit_selected`.
+// Selects from a row that RANKS blocks share. need_of_sample: see `bound_from_below`; HELD, list: see `list_candidates`.
 template <int RANKS, bool HELD>
 __device__ __forceinline__ void select_shared(const Part& part, int length, int topk, int need_of_sample, int rank, int form,
-                                              const int* pages, int fetched, int offset, int* bins, int* scratch, int* out) {
+                                              const int* pages, int offset, uint2* list, int* bins, int* scratch, int* out) {
   unsigned sample[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const unsigned at = (unsigned)(i * kThreads + threadIdx.x) * (unsigned)length / kRowSamples;
     sample[i] = ordered(__ldcg(&part.scores[at]));
   }
-  uint4 keys[kLoads];
-  if constexpr (HELD) load_scores(part, part.first, keys);
+  uint4 scores[kLoads];
+  load_scores(part, part.first, scores);
+  int shift;
+  const unsigned low = bound_from_below(sample, need_of_sample, bins, scratch, shift);
+  const int count = list_candidates<HELD>(part, scores, from_ordered(low), list, scratch);
   Cut cut;
   int before;
-  if (cut_by_sample<RANKS, HELD>(sample, need_of_sample, topk, part, keys, rank, bins, scratch, cut, before)) {
-    emit_selected<RANKS, HELD, true>(part, keys, cut, before, rank, form, pages, fetched, offset, scratch, out);
+  if (cut_candidates<RANKS>(list, count, low, shift, topk, rank, bins, scratch, cut, before)) {
+    emit_candidates(list, count, cut, before, form, pages, offset, scratch, out);
   } else {
     select_by_radix<RANKS>(part, topk, rank, form, pages, offset, bins, scratch, out);
   }
+  if (RANKS > 1) cluster_wait();  // a block's shared memory is there until no other reads it
 }
 
 // Selects the topk of a row of length > topk; every thread of the cluster must call this. The blocks take contiguous shares
 // of the tokens, the first one all of a short row, and so do their warps; what a warp can hold it keeps in registers.
-// row_scores: 16-byte aligned, with room up to a multiple of 4. bins: 2 * kBins, 16-byte aligned; scratch: 64.
+// row_scores: 16-byte aligned, with room up to a multiple of 4. list: kCandidates; bins: 2 * kBins, 16-byte aligned; scratch: 64.
 //
 // The scores are those of the kernel before this one, which is waited for here; nothing else is.
 template <int RANKS>
 __device__ __forceinline__ void select_row(const float* row_scores, int length, int topk, int rank, int form,
-                                           const int* pages, int offset, int* bins, int* scratch, int* out) {
+                                           const int* pages, int offset, void* list_, int* bins, int* scratch, int* out) {
+  uint2* const list = (uint2*)list_;
   const bool alone = RANKS == 1 || length <= kAlone;
   if (alone && rank > 0) return;
   const int warps = (alone ? 1 : RANKS) * kWarps, warp = rank * kWarps + threadIdx.x / 32;
   const int share = (length + warps * 128 - 1) / (warps * 128) * 128;  // of a warp
   const Part part = {row_scores, warp * share, min(warp * share + share, length)};
-  const int fetched = fetch_page(part, part.first, form, pages);
   // As many samples as the selected tokens should hold, and five standard deviations more.
   const float expected = (float)topk * kRowSamples / length;
   const int need = min((int)(expected + 5.f * sqrtf(expected) + 2.f), kRowSamples);
@@ -445,11 +476,11 @@ __device__ __forceinline__ void select_row(const float* row_scores, int length, 
   if (!alone) sync_ranks<RANKS>();
   cudaGridDependencySynchronize();
   if (RANKS > 1 && alone) {
-    select_shared<1, true>(part, length, topk, need, rank, form, pages, fetched, offset, bins, scratch, out);
+    select_shared<1, true>(part, length, topk, need, rank, form, pages, offset, list, bins, scratch, out);
   } else if (share <= kBatch) {
-    select_shared<RANKS, true>(part, length, topk, need, rank, form, pages, fetched, offset, bins, scratch, out);
+    select_shared<RANKS, true>(part, length, topk, need, rank, form, pages, offset, list, bins, scratch, out);
   } else {
-    select_shared<RANKS, false>(part, length, topk, need, rank, form, pages, fetched, offset, bins, scratch, out);
+    select_shared<RANKS, false>(part, length, topk, need, rank, form, pages, offset, list, bins, scratch, out);
   }
 }
 

@@ -1,8 +1,8 @@
 """Exact top-k of a row from its scores.
 
 The blocks of a cluster share a row, each with its part of the scores in registers, and exchange what they count through
-distributed shared memory. A sample bounds the k-th score from below, so that only the scores above it are counted; where
-that fails, all digits of all scores are. Then each block writes the positions of its part.
+distributed shared memory. A sample bounds the k-th score from below; the few tokens over that bound are listed, and the rest
+is done on the lists. Where that fails, a radix selection looks at all digits of all scores.
 """
 
 import tilelang.language as T
@@ -10,6 +10,7 @@ import tilelang.language as T
 from kernels.dimensions import dimensions
 
 THREADS = 512  # kThreads of decode_select.cuh
+CANDIDATES = 6144  # kCandidates
 
 
 def get_decode_select_kernel(ranks: int):
@@ -34,6 +35,7 @@ def get_decode_select_kernel(ranks: int):
         ):
             T.import_source('#include "decode_select.cuh"\n')
             T.annotate_min_blocks_per_sm(2)
+            candidates = T.alloc_shared((CANDIDATES,), T.uint64)
             bins = T.alloc_shared((2 * 2048,), T.int32)
             scratch = T.alloc_shared((64,), T.int32)
             length = T.alloc_var(T.int32)
@@ -55,6 +57,7 @@ def get_decode_select_kernel(ranks: int):
                     form,
                     T.address_of(page_table[seq, 0]),
                     offset,
+                    T.address_of(candidates[0]),
                     T.address_of(bins[0]),
                     T.address_of(scratch[0]),
                     T.address_of(out[row, 0]),

@@ -26,6 +26,7 @@ def get_sample_kernel():
     ):
         with T.Kernel(sample_pages, batch, threads=128) as (page, seq):
             T.import_source('#include "layout.cuh"\n')
+            T.pdl_trigger()
             length = T.alloc_var(T.int32)
             position = T.alloc_var(T.int32)
             source = T.alloc_var(T.int32)

@@ -155,6 +155,9 @@ def get_score_kernel(heads: int, mode: str):
     ):
         with T.Kernel(tiles, splits, threads=384) as (bx, by):
             T.import_source('#include "score.cuh"\n')
+            # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
+            T.pdl_trigger()
+            T.pdl_sync()
             q_shared = T.alloc_shared((2 * columns, 128), T.float8_e4m3fn)
             k_shared = T.alloc_shared((STAGES, 64, 128), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, 64), T.float32)

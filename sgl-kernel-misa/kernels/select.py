@@ -108,6 +108,9 @@ def get_select_kernel(heads: int, capacity: int):
             T.import_source(
                 '#include "gather.cuh"\n#include "score.cuh"\n#include "select.cuh"\n'
             )
+            # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
+            T.pdl_trigger()
+            T.pdl_sync()
             positions = T.alloc_shared((capacity,), T.int32)
             # Slots of the cache, then scores.
             scores = T.alloc_shared((capacity,), T.uint32)

@@ -29,6 +29,9 @@ def get_threshold_kernel():
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
             T.import_source('#include "threshold.cuh"\n')
+            # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
+            T.pdl_trigger()
+            T.pdl_sync()
             T.annotate_min_blocks_per_sm(7)
             bins = T.alloc_shared((2 * 1024,), T.int32)
             scratch = T.alloc_shared((64,), T.int32)

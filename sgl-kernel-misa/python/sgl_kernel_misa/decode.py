@@ -84,8 +84,10 @@ def select(
         active_heads=active.shape[1],
         width=width,
     )
+    # Two blocks of `decode_select` fit on an SM.
+    ranks = cluster_ranks(rows, 2 * NUM_SMS, -(-width // SELECT_CAPACITY))
     launch(
-        f"decode_select_{cluster_ranks(rows, -(-width // SELECT_CAPACITY))}",
+        f"decode_select_{ranks}",
         scores=scores,
         **table,
         lengths=lengths,

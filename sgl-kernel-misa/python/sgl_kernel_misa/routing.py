@@ -3,7 +3,7 @@
 import torch
 from sgl_kernel_misa.checks import HEAD_DIM, PAGE_SIZE
 from sgl_kernel_misa.library import launch
-from sgl_kernel_misa.tensors import cluster_ranks
+from sgl_kernel_misa.tensors import NUM_SMS, cluster_ranks
 
 
 def route(
@@ -58,8 +58,9 @@ def route_decode(
 ) -> None:
     """The same for 1 to 4 rows a sequence; `decode.select` may begin while it works."""
     batch, max_pages = page_table.shape
+    # One block on an SM leaves room for those of `decode_score`, which stream keys meanwhile.
     launch(
-        f"decode_route_{q.shape[1]}_{cluster_ranks(batch)}",
+        f"decode_route_{q.shape[1]}_{cluster_ranks(batch, NUM_SMS)}",
         q=q,
         weights=weights,
         pooled_keys=pooled_keys,

@@ -25,15 +25,15 @@ def all_heads(q: torch.Tensor) -> torch.Tensor:
     return heads.expand(q.shape[0], -1).contiguous()
 
 
-def cluster_ranks(count: int, least: int = 1) -> int:
+def cluster_ranks(count: int, blocks: int, least: int = 1) -> int:
     """Blocks of each of `count` clusters: 1, 2, 4 or 8.
 
-    The most with which the chip holds all of them at once, two blocks on an SM; more where fewer than `least` would be left.
+    The most with which there are at most `blocks` in all; more where fewer than `least` would be left.
     """
     return next(
         ranks
         for ranks in (8, 4, 2, 1)
-        if ranks == 1 or ranks * count <= 2 * NUM_SMS or ranks // 2 < least
+        if ranks == 1 or ranks * count <= blocks or ranks // 2 < least
     )
 
 
