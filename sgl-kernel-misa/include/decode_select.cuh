@@ -255,27 +255,78 @@ __device__ __forceinline__ int list_candidates(const Part& part, uint4 (&scores)
   return total;
 }
 
-// The cut between a row's topk best and the others, by a histogram of the listed candidates: `count` of this block, all tokens
-// whose scores, as ordered keys, are at least `low`. False if they are too few, too many or too unevenly spread for that. bins:
-// kBins, and kFineBins that are clear. before: how many tokens are selected in the blocks of lower rank. The blocks leave with a
-// cluster barrier arrived at and not waited for, if they are several.
+// The position of the `rank`-th entry of a list whose score is `score`, an ordered key, or kLastPosition if there are fewer; every
+// thread must call this.
+__device__ __forceinline__ int position_of_tie(const uint2* list, int count, unsigned score, int rank, int* scratch) {
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x < 32) {
+    int before = 0, found = kLastPosition;
+#pragma unroll 1
+    for (int base = 0; base < count && before < rank; base += 32) {
+      const uint2 entry = base + lane < count ? list[base + lane] : make_uint2(~0u, 0);
+      const bool tied = ordered(__uint_as_float(entry.x)) == score;
+      const unsigned vote = __ballot_sync(0xffffffffu, tied);
+      if (tied && before + __popc(vote & ((1u << lane) - 1)) == rank - 1) found = (int)entry.y;
+      before += __popc(vote);
+    }
+    found = __reduce_min_sync(0xffffffffu, found);
+    if (lane == 0) scratch[kResult] = found;
+  }
+  __syncthreads();
+  return scratch[kResult];
+}
+
+// The cut between a row's topk best and the others, among the listed candidates: `count` of this block, all tokens whose scores,
+// as ordered keys, are at least `low`. Histograms, each of the bin of the one before that holds the k-th entry, until that is one
+// of a few, or of many of the same score. False if there are fewer than topk candidates, or too many in a block to be listed.
+// bins: kBins, and twice kFineBins that are clear. before: how many tokens are selected in the blocks of lower rank. The blocks
+// leave with a cluster barrier arrived at and not waited for, if they are several.
 template <int RANKS>
 __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, unsigned low, int shift, int topk, int rank, int* bins,
                                                int* scratch, Cut& cut, int& before) {
-  int* const fine = bins + kBins;
-  const auto bin_of = [&](unsigned key) { return (int)min((key - low) >> shift, kFineBins - 1u); };
+  int *fine = bins + kBins, *other = fine + kFineBins;
+  unsigned span = ~low;  // the keys that are looked at: low .. low + span
   if (count > kCandidates) {
     if (threadIdx.x == 0) fine[0] = kTooMany;
     count = 0;
   }
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count; i += kThreads) atomicAdd(&fine[bin_of(ordered(__uint_as_float(list[i].x)))], 1);
-  sync_ranks<RANKS>();
   Bin bin;
-  const int total = find_bin_of_all<RANKS, kFineBins>(fine, topk, rank, scratch, bin);
+  int need = topk;
+  before = 0;
+#pragma unroll 1
+  while (true) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const unsigned over = ordered(__uint_as_float(list[i].x)) - low;
+      if (over <= span) atomicAdd(&fine[min(over >> shift, kFineBins - 1u)], 1);
+    }
+    sync_ranks<RANKS>();
+    other[threadIdx.x] = 0;  // no block still reads the histogram before this one
+    const int total = find_bin_of_all<RANKS, kFineBins>(fine, need, rank, scratch, bin);
+    if (total < need || total >= kTooMany) {
+      if (RANKS > 1) cluster_arrive();
+      return false;
+    }
+    need -= bin.above;
+    before += bin.earlier_above;
+    const unsigned first = (unsigned)bin.index << shift;
+    span = bin.index == kFineBins - 1 ? span - first : (1u << shift) - 1;
+    low += first;
+    if (bin.count <= kContenders || span == 0) break;
+    shift = shift_to_fit<9>(span);
+    int* const next = other;
+    other = fine;
+    fine = next;
+  }
   if (RANKS > 1) cluster_arrive();  // the other blocks' histograms were read
-  const int need = topk - bin.above;
-  if (total < topk || total >= kTooMany || bin.count > kContenders) return false;
+
+  if (bin.count > kContenders) {
+    // All of one score: those of the lower ranks come first.
+    before += min(need, bin.earlier);
+    need -= bin.earlier;
+    cut = {low, need > 0 ? position_of_tie(list, count, low, need, scratch) : -1};
+    return true;
+  }
 
   // The k-th entry is one of a few: each block shows its own to all, in a place of their list that is its own.
   unsigned long long* const contenders = reinterpret_cast<unsigned long long*>(bins);  // the sample's bins are done with
@@ -283,7 +334,7 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, uns
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const unsigned key = ordered(__uint_as_float(list[i].x));
-    if (bin_of(key) != bin.index) continue;
+    if (key - low > span) continue;
     const unsigned long long entry = entry_key(key, list[i].y);
     unsigned long long* const place = contenders + bin.earlier + atomicAdd(&scratch[kListed], 1);
     if constexpr (RANKS == 1) {
@@ -309,7 +360,7 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, uns
       *result = {(unsigned)(mine >> kPositionBits), (int)(kLastPosition - ((unsigned)mine & kLastPosition))};
     }
   }
-  before = bin.earlier_above + __syncthreads_count(selected && threadIdx.x < bin.earlier);
+  before += __syncthreads_count(selected && threadIdx.x < bin.earlier);
   cut = *result;
   return true;
 }
@@ -468,7 +519,7 @@ __device__ __forceinline__ void select_row(const float* row_scores, int length, 
   // As many samples as the selected tokens should hold, and five standard deviations more.
   const float expected = (float)topk * kRowSamples / length;
   const int need = min((int)(expected + 5.f * sqrtf(expected) + 2.f), kRowSamples);
-  clear_bins<kThreads>(bins, kBins + kFineBins);
+  clear_bins<kThreads>(bins, kBins + 2 * kFineBins);
   if (threadIdx.x == 0) {
     scratch[kListed] = 0;
     prepare_mailbox(mailbox(scratch));
