@@ -96,7 +96,6 @@ class Misa:
             layer.pooled_keys,
             layer.index_k,
             step.page_table,
-            step.cu_rows,
             step.case.rows_per_seq,
             step.lengths,
             self.active_heads,

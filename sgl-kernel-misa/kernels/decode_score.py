@@ -121,9 +121,7 @@ def get_decode_score_kernel(heads: int):
                         page_table.data,
                         stride,
                     )
-                    T.mbarrier_wait_parity(
-                        empty[i % STAGES], ((i // STAGES) % 2) ^ 1
-                    )
+                    T.mbarrier_wait_parity(empty[i % STAGES], ((i // STAGES) % 2) ^ 1)
                     T.tma_copy(
                         keys[page, 0:64, 0:128],
                         k_shared[i % STAGES, :, :],

@@ -40,7 +40,9 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
         local_tokens: T.int32,
         form: T.int32,
     ):
-        with T.Kernel(rows * blocks, threads=THREADS, cluster_dims=(blocks, 1, 1)) as block:
+        with T.Kernel(
+            rows * blocks, threads=THREADS, cluster_dims=(blocks, 1, 1)
+        ) as block:
             T.import_source(
                 '#include "gather.cuh"\n#include "score.cuh"\n#include "rerank.cuh"\n'
             )

@@ -57,7 +57,6 @@ def route_topk_decode(
         batch.pooled_keys,
         batch.index_k,
         batch.page_table,
-        batch.cu_rows,
         len(batch.q) // len(batch.page_table),
         batch.lengths,
         active_heads,

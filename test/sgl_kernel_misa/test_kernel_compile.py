@@ -31,7 +31,7 @@ def test_fake_implementations_agree(batch):
         opcheck(OPS.topk_prefill, q, weights, scoring, index_k, *where, 64)
         where_decode = page_table, 2, lengths
         opcheck(OPS.topk_decode, q, weights, scoring, index_k, *where_decode, 64)
-    cache = pooled_keys, index_k, page_table, cu_rows
+    cache = pooled_keys, index_k, page_table
     opcheck(OPS.route_topk_decode, q, weights, *cache, 2, lengths, 8, 1024, 64)
     candidates = topk_prefill(batch, heads, 256)
     opcheck(OPS.rerank, q, weights, candidates, index_k, *where, 64)

@@ -136,7 +136,9 @@ def test_rows_alone_or_together():
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("num_heads", [32, 64])
-@pytest.mark.parametrize("options", [{}, {"init_tokens": 3, "output": "slots"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"init_tokens": 3, "output": "slots"}], ids=str
+)
 def test_routing_and_selection_in_one(rows, num_heads, options):
     """The reference's heads, and the selection of these, for any number of sequences of any length."""
     batches = [[131_072], [70_000] * 8, [3000 * b % 20_000 for b in range(200)]]

@@ -41,7 +41,7 @@ PARAMETERS = {
     "route": "q weights pooled_keys page_table cu_rows lengths active_heads block_size",
     "topk_prefill": "q weights heads index_k page_table cu_rows lengths topk",
     "topk_decode": "q weights heads index_k page_table rows_per_seq lengths topk",
-    "route_topk_decode": "q weights pooled_keys index_k page_table cu_rows rows_per_seq lengths active_heads "
+    "route_topk_decode": "q weights pooled_keys index_k page_table rows_per_seq lengths active_heads "
     "block_size topk",
     "rerank": "q weights candidates index_k page_table cu_rows lengths topk",
 }
@@ -112,7 +112,6 @@ WRONG = [
     ("topk_decode", "page_table", torch.int64),
     ("topk_decode", "lengths", torch.int64),
     ("route_topk_decode", "pooled_keys", torch.float32),
-    ("route_topk_decode", "cu_rows", torch.int64),
     ("route_topk_decode", "index_k", torch.int8),
     ("rerank", "candidates", torch.int64),
     ("rerank", "lengths", torch.int64),

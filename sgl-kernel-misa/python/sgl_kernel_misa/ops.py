@@ -121,9 +121,13 @@ def _route(
 def _route_output(
     q, weights, pooled_keys, page_table, cu_rows, lengths, active_heads, block_size
 ):
+    checks.sequences(page_table, cu_rows)
+    return _heads_output(q, weights, pooled_keys, lengths, active_heads, block_size)
+
+
+def _heads_output(q, weights, pooled_keys, lengths, active_heads, block_size):
     checks.queries(q, weights, lengths)
     checks.tensor("pooled_keys", pooled_keys, torch.bfloat16, (None, checks.HEAD_DIM))
-    checks.sequences(page_table, cu_rows)
     checks.require(
         1 <= active_heads <= q.shape[1],
         f"active_heads must be 1 to {q.shape[1]}, not {active_heads}",
@@ -370,17 +374,16 @@ def topk_decode(
 
 @_register(
     "route_topk_decode(Tensor q, Tensor weights, Tensor pooled_keys, Tensor index_k, Tensor page_table, "
-    "Tensor cu_rows, int rows_per_seq, Tensor lengths, int active_heads, int block_size, int topk, *, "
+    "int rows_per_seq, Tensor lengths, int active_heads, int block_size, int topk, *, "
     'int init_tokens=0, int local_tokens=0, str output="positions", Tensor? offsets=None) -> (Tensor, Tensor)'
 )
-def _route_topk_decode(q, weights, pooled_keys, index_k, page_table, cu_rows, rows_per_seq, lengths, active_heads, block_size, topk, **options):  # fmt: skip
+def _route_topk_decode(q, weights, pooled_keys, index_k, page_table, rows_per_seq, lengths, active_heads, block_size, topk, **options):  # fmt: skip
     heads, out = _route_topk_decode_output(
         q,
         weights,
         pooled_keys,
         index_k,
         page_table,
-        cu_rows,
         rows_per_seq,
         lengths,
         active_heads,
@@ -415,10 +418,8 @@ def _route_topk_decode(q, weights, pooled_keys, index_k, page_table, cu_rows, ro
 
 
 @_fake("route_topk_decode")
-def _route_topk_decode_output(q, weights, pooled_keys, index_k, page_table, cu_rows, rows_per_seq, lengths, active_heads, block_size, topk, **options):  # fmt: skip
-    heads = _route_output(
-        q, weights, pooled_keys, page_table, cu_rows, lengths, active_heads, block_size
-    )
+def _route_topk_decode_output(q, weights, pooled_keys, index_k, page_table, rows_per_seq, lengths, active_heads, block_size, topk, **options):  # fmt: skip
+    heads = _heads_output(q, weights, pooled_keys, lengths, active_heads, block_size)
     out = _topk_decode_output(
         q, weights, heads, index_k, page_table, rows_per_seq, lengths, topk, **options
     )
@@ -431,7 +432,6 @@ def route_topk_decode(
     pooled_keys: torch.Tensor,
     index_k: torch.Tensor,
     page_table: torch.Tensor,
-    cu_rows: torch.Tensor,
     rows_per_seq: int,
     lengths: torch.Tensor,
     active_heads: int,
@@ -445,9 +445,6 @@ def route_topk_decode(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """`route`, then `topk_decode` with its heads, faster than the two: the keys begin to stream while the router works.
 
-    Args:
-        cu_rows: 0, rows_per_seq, 2 * rows_per_seq, ...
-
     Returns:
         the heads, int32 [T, active_heads], and the selection, int32 [T, topk].
 
@@ -460,7 +457,6 @@ def route_topk_decode(
         pooled_keys,
         index_k,
         page_table,
-        cu_rows,
         rows_per_seq,
         lengths,
         active_heads,

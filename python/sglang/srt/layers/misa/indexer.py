@@ -98,12 +98,13 @@ class MisaIndexer:
         """The active heads of every row, and the `topk` tokens of highest score by them."""
         ops, config = operations(q.device), self.config
         active = config.active_heads, config.block_size
-        pages, cu_rows, lengths = batch.page_table, batch.cu_rows, batch.lengths
+        pages, lengths = batch.page_table, batch.lengths
         if batch.bounds is None:
-            cache = pooled_keys, index_k, pages, cu_rows, 1, lengths
+            cache = pooled_keys, index_k, pages, 1, lengths
             options = {**form, **self.forced}
             return ops.route_topk_decode(q, weights, *cache, *active, topk, **options)
-        heads = ops.route(q, weights, pooled_keys, pages, cu_rows, lengths, *active)
+        rows = pooled_keys, pages, batch.cu_rows, lengths
+        heads = ops.route(q, weights, *rows, *active)
         return heads, self._best(q, weights, heads, index_k, batch, topk, **form)
 
     def _best(self, q, weights, heads, index_k, batch, topk, **form) -> torch.Tensor:

@@ -152,7 +152,6 @@ def route_topk_decode(
     pooled_keys: torch.Tensor,
     index_k: torch.Tensor,
     page_table: torch.Tensor,
-    cu_rows: torch.Tensor,
     rows_per_seq: int,
     lengths: torch.Tensor,
     active_heads: int,
@@ -166,6 +165,9 @@ def route_topk_decode(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """`route`, then `topk_decode` with its heads -> heads, selection."""
     active = active_heads, block_size
+    cu_rows = rows_per_seq * torch.arange(
+        len(page_table) + 1, dtype=torch.int32, device=q.device
+    )
     heads = route(q, weights, pooled_keys, page_table, cu_rows, lengths, *active)
     selected = topk_decode(
         q,
