@@ -22,7 +22,6 @@ from sgl_kernel_misa.tensors import (
 )
 
 MAX_ROWS = 4  # of a sequence
-SELECT_CAPACITY = 16384  # scores that a block of `decode_select` holds in registers
 MANY_SEQUENCES = 8
 
 
@@ -92,10 +91,8 @@ def select(
         active_heads=active.shape[1],
         width=width,
     )
-    # Two blocks of `decode_select` fit on an SM.
-    ranks = cluster_ranks(rows, 2 * NUM_SMS, -(-width // SELECT_CAPACITY))
     launch(
-        f"decode_select_{ranks}",
+        f"decode_select_{cluster_ranks(rows, blocks_per_sm=2)}",
         scores=scores,
         **table,
         lengths=lengths,

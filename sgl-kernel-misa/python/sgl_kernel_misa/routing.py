@@ -3,7 +3,7 @@
 import torch
 from sgl_kernel_misa.checks import HEAD_DIM, PAGE_SIZE
 from sgl_kernel_misa.library import launch
-from sgl_kernel_misa.tensors import NUM_SMS, cluster_ranks
+from sgl_kernel_misa.tensors import cluster_ranks
 
 
 def route(
@@ -60,7 +60,7 @@ def route_decode(
     batch, max_pages = page_table.shape
     # One block on an SM leaves room for those of `decode_score`, which stream keys meanwhile.
     launch(
-        f"decode_route_{q.shape[1]}_{cluster_ranks(batch, NUM_SMS)}",
+        f"decode_route_{q.shape[1]}_{cluster_ranks(batch, blocks_per_sm=1)}",
         q=q,
         weights=weights,
         pooled_keys=pooled_keys,

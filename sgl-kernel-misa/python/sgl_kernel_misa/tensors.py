@@ -7,6 +7,8 @@ import torch
 FORMS = {"positions": 0, "slots": 1, "ragged": 2}
 KEY_BYTES = 64 * 128  # of a page, before its scales
 NUM_SMS = 132  # of an H100 or H200: what the grids are laid out for
+# Clusters by their size of which an H100 holds so many with two blocks on an SM: a cluster does not straddle two GPCs.
+CLUSTERS = {8: 30, 4: 64, 2: 132}
 
 
 def keys_and_scales(index_k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -25,16 +27,14 @@ def all_heads(q: torch.Tensor) -> torch.Tensor:
     return heads.expand(q.shape[0], -1).contiguous()
 
 
-def cluster_ranks(count: int, blocks: int, least: int = 1) -> int:
-    """Blocks of each of `count` clusters: 1, 2, 4 or 8.
+def cluster_ranks(count: int, blocks_per_sm: int) -> int:
+    """Blocks of each of `count` clusters, 1, 2, 4 or 8: the most with which the chip holds all clusters at once.
 
-    The most with which there are at most `blocks` in all; more where fewer than `least` would be left.
+    Args:
+        blocks_per_sm: blocks that fit on an SM, 1 or 2.
     """
-    return next(
-        ranks
-        for ranks in (8, 4, 2, 1)
-        if ranks == 1 or ranks * count <= blocks or ranks // 2 < least
-    )
+    fitting = (n for n, most in CLUSTERS.items() if count <= most * blocks_per_sm // 2)
+    return next(fitting, 1)
 
 
 def padded_heads(count: int) -> int:
