@@ -49,17 +49,19 @@ def draw_prefill(axes, records: list) -> None:
 def draw_decode(axes, records: list) -> None:
     """Bars: one group a case, by context, batch and rows a sequence."""
     cases = list(dict.fromkeys(r["case"] for r in records))
-    width = 0.8 / len(COLORS)
-    for n, (variant, color) in enumerate(COLORS.items()):
+    measured = {r["variant"] for r in records}
+    variants = [variant for variant in COLORS if variant in measured]
+    width = 0.8 / len(variants)
+    for n, variant in enumerate(variants):
         mine = [r for r in records if r["variant"] == variant]
         axes.bar(
             [
-                cases.index(r["case"]) + (n - (len(COLORS) - 1) / 2) * width
+                cases.index(r["case"]) + (n - (len(variants) - 1) / 2) * width
                 for r in mine
             ],
             [r["speedup"] for r in mine],
             width,
-            color=color,
+            color=COLORS[variant],
             label=variant,
         )
     axes.set_xticks(range(len(cases)), cases, rotation=40, ha="right", fontsize=8)
