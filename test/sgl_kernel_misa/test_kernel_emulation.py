@@ -1,0 +1,30 @@
+"""The selection of decode and of re-rank, compiled for the CPU: right for any scores, also where there is no GPU."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+EMULATOR = Path(__file__).parent / "emulator"
+INCLUDE = Path(__file__).parents[2] / "sgl-kernel-misa" / "include"
+
+
+@pytest.fixture(scope="module")
+def selections(tmp_path_factory):
+    """The compiled program. Headers are found beside those that include them, so the emulator's cluster.cuh lies there."""
+    folder = tmp_path_factory.mktemp("emulator")
+    for source in (*INCLUDE.glob("*.cuh"), *EMULATOR.iterdir()):
+        shutil.copy(source, folder)
+    program = folder / "selections"
+    # Pragmas and attributes of CUDA are nothing to g++.
+    flags = ["-std=c++20", "-O2", "-w", "-o", program]
+    subprocess.run(["g++", *flags, folder / "selections.cpp"], check=True)
+    return program
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_selections(selections, seed):
+    command = [selections, str(seed), "12"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stdout
