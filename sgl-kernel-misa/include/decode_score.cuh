@@ -1,6 +1,7 @@
 // How the blocks of `decode_score` share the pages of a batch, and what they do with a page's scores.
 #pragma once
 
+#include "barrier.cuh"
 #include "block.cuh"
 
 namespace misa {
@@ -77,15 +78,6 @@ __device__ __forceinline__ int walk_to_page(int* walk_, const int* lengths, int 
     walk.fetched = page_table[(long long)walk.sequence * table_stride + walk.page + lane];
   }
   return __shfl_sync(0xffffffffu, walk.fetched, at % 32);
-}
-
-// A barrier of the warpgroup that scores, and the same after what it wrote is there for the tensor cores. (TileLang's own let
-// the compiler move accesses across.)
-__device__ __forceinline__ void sync_scorers() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-
-__device__ __forceinline__ void publish_to_scorers() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  sync_scorers();
 }
 
 // A scale that the streaming warp has copied; not to be read before the barrier that says so was waited for.

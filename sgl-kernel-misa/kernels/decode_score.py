@@ -157,7 +157,7 @@ def get_decode_score_kernel(heads: int):
                             length = lengths[row]
                         # The heads are those of the kernel before this one; nothing more of it is waited for.
                         T.pdl_sync()
-                        T.call_extern("handle", "misa::sync_scorers")
+                        T.call_extern("handle", "misa::sync_some<128>")
                         load_queries(
                             q,
                             weights,
@@ -169,7 +169,8 @@ def get_decode_score_kernel(heads: int):
                             q_shared,
                             gate,
                         )
-                        T.call_extern("handle", "misa::publish_to_scorers")
+                        T.call_extern("handle", "misa::fence_async")
+                        T.call_extern("handle", "misa::sync_some<128>")
                         # The same fence once more, or TileLang places one before every page's products.
                         T.fence_proxy_async()
                     T.mbarrier_wait_parity(full[i % STAGES], (i // STAGES) % 2)
