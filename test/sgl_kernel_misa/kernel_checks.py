@@ -62,9 +62,9 @@ def routed(q, weights, heads):
 
 
 def relu_bounds(q, keys):
-    """The lowest and the highest relu(q . k) that float32 arithmetic may give: float64 [T, 128] x [S, 128] -> [T, S]."""
+    """The lowest and the highest relu(q . k) that float32 arithmetic may give: float64 [..., 128] x [S, 128] -> [..., S]."""
     dot = q @ keys.T
-    slack = ERROR * q.norm(dim=1)[:, None] * keys.norm(dim=1)
+    slack = ERROR * q.norm(dim=-1)[..., None] * keys.norm(dim=1)
     return (dot - slack).relu(), (dot + slack).relu()
 
 
@@ -76,12 +76,14 @@ def score_bounds(q, weights, k, k_scale):
     low = torch.zeros(len(q), len(k), dtype=torch.float64, device=q.device)
     high, size = low.clone(), low.clone()
     keys, weights = k.double(), weights.double()
-    for j in range(q.shape[1]):
-        least, most = relu_bounds(q[:, j].double(), keys)
-        weight = weights[:, j, None]
-        low += torch.where(weight > 0, weight * least, weight * most)
-        high += torch.where(weight > 0, weight * most, weight * least)
-        size += weight.abs() * most
+    # As many heads at once as make no more entries than are judged at a time: a GPU waits for the host otherwise.
+    for heads in torch.arange(q.shape[1]).split(max(1, CHUNK // low.numel())):
+        heads = slice(int(heads[0]), int(heads[-1]) + 1)
+        least, most = relu_bounds(q[:, heads].double(), keys)
+        weight = weights[:, heads, None]
+        low += torch.where(weight > 0, weight * least, weight * most).sum(1)
+        high += torch.where(weight > 0, weight * most, weight * least).sum(1)
+        size += (weight.abs() * most).sum(1)
     scale = k_scale.double()
     return (low - ERROR * size) * scale, (high + ERROR * size) * scale
 
