@@ -12,7 +12,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kAlone = 8192;                  // tokens of a row that one block selects from by itself
 constexpr int kLoads = 8;                     // of four scores each, that a thread holds
-constexpr int kBatch = kLoads * 4 * 32;       // tokens that a warp holds
+constexpr int kWarpTokens = kLoads * 4 * 32;  // tokens that a warp holds
 constexpr int kRowSamples = 2 * kThreads;     // scores that bound the k-th one from below
 constexpr int kFineBins = kThreads;           // of the histogram of the scores over that bound
 constexpr int kContenders = kThreads;         // scores of a bin that are compared one with another
@@ -77,7 +77,7 @@ __device__ __forceinline__ unsigned reaching(const Part& part, int first, const 
   }
   // The end of the row may lie in the middle of a load.
   const int left = part.end - token_of_lane(first), rest = left % 128;
-  if (left > 0 && left < kBatch && rest < 4) mask &= ~(0xfu << left / 128 * 4) | ((1u << rest) - 1) << left / 128 * 4;
+  if (left > 0 && left < kWarpTokens && rest < 4) mask &= ~(0xfu << left / 128 * 4) | ((1u << rest) - 1) << left / 128 * 4;
   return mask;
 }
 
@@ -226,7 +226,7 @@ __device__ __forceinline__ int list_candidates(const Part& part, uint4 (&scores)
   unsigned mask = reaching(part, part.first, scores, low);
   int mine = __popc(mask), total;
   if constexpr (!HELD) {
-    for (int first = part.first + kBatch; first < part.end; first += kBatch) {
+    for (int first = part.first + kWarpTokens; first < part.end; first += kWarpTokens) {
       load_scores(part, first, scores);
       mine += __popc(reaching(part, first, scores, low));
     }
@@ -236,7 +236,7 @@ __device__ __forceinline__ int list_candidates(const Part& part, uint4 (&scores)
   __syncthreads();
   list += sum_of_warps_before(counts, total);
   if (total <= kCandidates) {
-    for (int first = part.first; first < part.end; first += kBatch) {
+    for (int first = part.first; first < part.end; first += kWarpTokens) {
       if constexpr (!HELD) {
         load_scores(part, first, scores);
         mask = reaching(part, first, scores, low);
@@ -528,7 +528,7 @@ __device__ __forceinline__ void select_row(const float* row_scores, int length, 
   cudaGridDependencySynchronize();
   if (RANKS > 1 && alone) {
     select_shared<1, true>(part, length, topk, need, rank, form, pages, offset, list, bins, scratch, out);
-  } else if (share <= kBatch) {
+  } else if (share <= kWarpTokens) {
     select_shared<RANKS, true>(part, length, topk, need, rank, form, pages, offset, list, bins, scratch, out);
   } else {
     select_shared<RANKS, false>(part, length, topk, need, rank, form, pages, offset, list, bins, scratch, out);

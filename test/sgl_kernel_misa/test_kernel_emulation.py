@@ -1,4 +1,4 @@
-"""The selection of decode and of re-rank, compiled for the CPU: right for any scores, also where there is no GPU."""
+"""The selections of decode, re-rank and prefill, compiled for the CPU: right for any scores, also where there is no GPU."""
 
 import shutil
 import subprocess

@@ -156,6 +156,9 @@ T __ldcg(const T* address) { return *address; }
 template <typename T>
 T atomicAdd(T* address, T value) { return std::exchange(*address, *address + value); }
 
+template <typename T>
+T atomicOr(T* address, T value) { return std::exchange(*address, *address | value); }
+
 inline void cudaGridDependencySynchronize() {}
 size_t __cvta_generic_to_shared(const void*);  // of functions that are PTX, which nobody calls here
 
