@@ -9,8 +9,8 @@ import tilelang.language as T
 
 from kernels.dimensions import dimensions
 
-THREADS = 512  # kThreads of decode_select.cuh
-CANDIDATES = 6144  # kCandidates
+THREADS = 512  # kThreads of decode_row.cuh
+CANDIDATES = 6144  # kCandidates of decode_candidates.cuh
 
 
 def get_decode_select_kernel(ranks: int):
