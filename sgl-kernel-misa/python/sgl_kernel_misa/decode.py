@@ -29,7 +29,7 @@ def score_blocks(heads: int, sequences: int) -> int:
     """Blocks that score with kernels of so many `heads`, all resident at once beside those of `decode_route`.
 
     A single long sequence is done sooner by two on an SM; one keeps up with the memory as long as its heads are few, and many
-    sequences stream 7% faster to half as many blocks.
+    sequences stream faster to half as many blocks.
     """
     two = heads <= 8 and sequences < MANY_SEQUENCES or heads == 16
     return 2 * NUM_SMS if two else NUM_SMS
