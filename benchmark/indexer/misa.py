@@ -52,11 +52,14 @@ class Misa:
             self.block_size,
         )
 
+    def first_stage(self) -> tuple:
+        """How many tokens it keeps, and in which form: candidates (positions) if there is a second one, else the result."""
+        return (self.candidates, {}) if self.candidates else (self.topk, self.output)
+
     def score_select(self, i: int, heads: torch.Tensor | None) -> torch.Tensor:
         """The top candidates (positions) if there is a second stage, else the result."""
         step, layer = self.step, self.layers[i]
-        topk = self.candidates or self.topk
-        output = {} if self.candidates else self.output
+        topk, output = self.first_stage()
         query = (layer.q, layer.weights, heads, layer.index_k, step.page_table)
         if self.prefill:
             return self.ops.topk_prefill(
@@ -90,6 +93,7 @@ class Misa:
         if self.prefill or self.active_heads is None:
             return self.score_select(i, self.route(i))
         step, layer = self.step, self.layers[i]
+        topk, output = self.first_stage()
         _, selected = self.ops.route_topk_decode(
             layer.q,
             layer.weights,
@@ -100,8 +104,8 @@ class Misa:
             step.lengths,
             self.active_heads,
             self.block_size,
-            self.candidates or self.topk,
-            **({} if self.candidates else self.output),
+            topk,
+            **output,
         )
         return selected
 

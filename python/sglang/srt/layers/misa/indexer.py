@@ -66,24 +66,15 @@ class MisaIndexer:
         if all_dense or config.active_heads >= q.shape[1]:
             best = self._best(q, weights, None, index_k, batch, self.topk, **form)
             return Selection(best)
+        rows = q, weights, index_k, pooled_keys, batch
         if config.rerank_candidates:
-            first = q, weights, index_k, pooled_keys, batch, config.rerank_candidates
-            heads, candidates = self._routed(*first)
+            heads, candidates = self._routed(*rows, config.rerank_candidates)
+            cache = index_k, batch.page_table, batch.cu_rows, batch.lengths
             indices = operations(q.device).rerank(
-                q,
-                weights,
-                candidates,
-                index_k,
-                batch.page_table,
-                batch.cu_rows,
-                batch.lengths,
-                self.topk,
-                **form,
-                **self.forced,
+                q, weights, candidates, *cache, self.topk, **form, **self.forced
             )
         else:
-            rows = q, weights, index_k, pooled_keys, batch, self.topk
-            heads, indices = self._routed(*rows, **form)
+            heads, indices = self._routed(*rows, self.topk, **form)
         if not some_dense:
             return Selection(indices, heads)
 
