@@ -8,6 +8,7 @@ namespace misa {
 constexpr int kLoads = 8;                     // of four scores each, that a thread holds
 constexpr int kWarpTokens = kLoads * 4 * 32;  // tokens that a warp holds
 constexpr int kRowSamples = 2 * kThreads;     // scores that bound the k-th one from below
+constexpr int kFewSamples = 8;                // in the bin that holds the bound
 constexpr int kContenders = kThreads;         // scores of a bin that are compared one with another
 constexpr int kCandidates = 6144;             // tokens over the bound that a block lists
 constexpr int kTooMany = 1 << 24;             // stands for more than that in a histogram
@@ -47,10 +48,24 @@ __device__ __forceinline__ int shift_to_fit(unsigned most) {
   return max(0, 32 - __clz(most) - BITS);
 }
 
-// A score that the k-th one of the row should not lie under: about the `need`-th one of a sample of the row, two scores a
-// thread; every block finds the same. And the shift that spreads the sample's scores from there on over the fine bins. bins:
-// kBins that are clear.
-__device__ __forceinline__ unsigned bound_from_below(const unsigned (&sample)[2], int need, int* bins, int* scratch, int& shift) {
+// A score that the k-th one of the row should not lie under, and how to spread the scores from there on over the fine bins:
+// evenly (by `scale`), and if too many meet in a bin by the bits of their keys (by `shift`).
+struct Bound {
+  unsigned low;  // as an ordered key
+  int shift;
+  float scale;
+};
+
+// The bin of a score that is not less than `low`, if `scale` spreads those up to the largest finite one evenly. Where that
+// cannot be (a range that is empty, or overflows) the larger score's bin is still not the lower one.
+template <int BINS>
+__device__ __forceinline__ int even_bin(float score, float low, float scale) {
+  const float at = (score - low) * scale;
+  return at < BINS - 1 ? max((int)at, 0) : BINS - 1;
+}
+
+// About the `need`-th score of a sample of the row, two scores a thread; every block finds the same. bins: kBins that are clear.
+__device__ __forceinline__ Bound bound_from_below(const unsigned (&sample)[2], int need, int* bins, int* scratch) {
   // Forced tokens, of infinite score, would take the room of all others.
   const auto finite = [](unsigned key) { return key < kInfinity ? key : 0; };
   unsigned least = __reduce_min_sync(0xffffffffu, min(sample[0], sample[1]));
@@ -62,17 +77,38 @@ __device__ __forceinline__ unsigned bound_from_below(const unsigned (&sample)[2]
   __syncthreads();
   least = __reduce_min_sync(0xffffffffu, (unsigned)scratch[threadIdx.x % kWarps]);
   most = max(__reduce_max_sync(0xffffffffu, (unsigned)scratch[kWarps + threadIdx.x % kWarps]), least);
-  const int coarse = shift_to_fit<11>(most - least);
+
+  const float lowest = from_ordered(least), highest = from_ordered(most), scale = kBins / (highest - lowest);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) atomicAdd(&bins[min((sample[i] - least) >> coarse, kBins - 1u)], 1);
+  for (int i = 0; i < 2; ++i) atomicAdd(&bins[even_bin<kBins>(from_ordered(sample[i]), lowest, scale)], 1);
   __syncthreads();
   Bin bin;
   find_bin_of_all<1, kBins>(bins, need, 0, scratch, bin);
-  const unsigned edge = (unsigned)bin.index << coarse;
-  const unsigned low = edge > most - least ? kInfinity : max(least + edge, 1u);
-  shift = shift_to_fit<9>(max(most, low) - low);
+  unsigned low = ordered(fminf(lowest + bin.index / scale, highest));
+  if (bin.count > kFewSamples) {
+    // They are not spread at all like that. By their keys, then: as long as too many lie in a bin, it is divided itself.
+    unsigned span = kInfinity - least;
+    low = least;
+#pragma unroll 1
+    while (true) {
+      clear_bins<kThreads>(bins, kBins);
+      __syncthreads();
+      const int coarse = shift_to_fit<11>(span);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (sample[i] >= low && sample[i] - low <= span) atomicAdd(&bins[(sample[i] - low) >> coarse], 1);
+      }
+      __syncthreads();
+      find_bin_of_all<1, kBins>(bins, need, 0, scratch, bin);
+      low += (unsigned)bin.index << coarse;
+      if (bin.count <= kFewSamples || coarse == 0) break;
+      need -= bin.above;
+      span = (1u << coarse) - 1;
+    }
+  }
+  low = max(low, 1u);
   static_assert(kFineBins == 1 << 9 && kBins == 1 << 11, "as many bits");
-  return low;
+  return {low, shift_to_fit<9>(max(most, low) - low), kFineBins / (highest - from_ordered(low))};
 }
 
 // The counts of the bits of a lane's mask in its eight groups of four, a byte each: groups 0, 2, 4, 6 and 1, 3, 5, 7; then the
@@ -96,9 +132,9 @@ __device__ __forceinline__ GroupCounts count_groups(unsigned mask) {
 }
 
 // Calls write(slot, u) for the groups of a batch, where `slot` is that of this lane's first token of group u if the tokens with
-// a bit in the masks are counted in their order. Returns how many there are.
+// a bit in the masks are counted in their order.
 template <typename Write>
-__device__ __forceinline__ int for_each_group(unsigned mask, Write write) {
+__device__ __forceinline__ void for_each_group(unsigned mask, Write write) {
   const GroupCounts groups = count_groups(mask);
   int written = 0;
 #pragma unroll
@@ -106,7 +142,6 @@ __device__ __forceinline__ int for_each_group(unsigned mask, Write write) {
     write(written + (int)(groups.before[u % 2] >> u / 2 * 8 & 0xffu), u);
     written += (int)(groups.total[u % 2] >> u / 2 * 8 & 0xffu);
   }
-  return written;
 }
 
 // Lists a block's tokens whose scores reach `low`, in their order: (score, position). Returns how many there are; if these are
@@ -119,7 +154,8 @@ __device__ __forceinline__ int list_candidates(const Part& part, uint4 (&scores)
   if constexpr (!HELD) {
     for (int first = part.first + kWarpTokens; first < part.end; first += kWarpTokens) {
       load_scores(part, first, scores);
-      mine += __popc(reaching(part, first, scores, low));
+      mask = reaching(part, first, scores, low);
+      mine += __popc(mask);
     }
   }
   mine = __reduce_add_sync(0xffffffffu, mine);
@@ -127,19 +163,30 @@ __device__ __forceinline__ int list_candidates(const Part& part, uint4 (&scores)
   __syncthreads();
   list += sum_of_warps_before(counts, total);
   if (total <= kCandidates) {
-    for (int first = part.first; first < part.end; first += kWarpTokens) {
-      if constexpr (!HELD) {
-        load_scores(part, first, scores);
-        mask = reaching(part, first, scores, low);
-      }
-      list += for_each_group(mask, [&](int slot, int u) {
+    const auto write = [&](int first, uint2* to) {
+      for_each_group(mask, [&](int slot, int u) {
         const unsigned score[4] = {scores[u].x, scores[u].y, scores[u].z, scores[u].w};
         const int token = token_of_lane(first) + u * 128;
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
-          if (mask >> (u * 4 + v) & 1) list[slot++] = make_uint2(score[v], token + v);
+          if (mask >> (u * 4 + v) & 1) to[slot++] = make_uint2(score[v], token + v);
         }
       });
+    };
+    if constexpr (HELD) {
+      write(part.first, list);
+    } else {
+      // The last batch is still held, so they are listed from the end.
+      list += mine;
+      int first = part.first + max(part.end - 1 - part.first, 0) / kWarpTokens * kWarpTokens;
+      while (true) {
+        list -= __reduce_add_sync(0xffffffffu, __popc(mask));
+        write(first, list);
+        first -= kWarpTokens;
+        if (first < part.first) break;
+        load_scores(part, first, scores);
+        mask = reaching(part, first, scores, low);
+      }
     }
   }
   __syncthreads();
@@ -167,16 +214,21 @@ __device__ __forceinline__ int position_of_tie(const uint2* list, int count, uns
   return scratch[kResult];
 }
 
-// The cut between a row's topk best and the others, among the listed candidates: `count` of this block, all tokens whose scores,
-// as ordered keys, are at least `low`. Histograms, each of the bin of the one before that holds the k-th entry, until that is one
+// The cut between a row's topk best and the others, among the listed candidates: `count` of this block, all tokens whose scores
+// reach the bound. Histograms, each of the bin of the one before that holds the k-th entry, until that is one
 // of a few, or of many of the same score. False if there are fewer than topk candidates, or too many in a block to be listed.
 // bins: kBins, and twice kFineBins that are clear. before: how many tokens are selected in the blocks of lower rank. The blocks
 // leave with a cluster barrier arrived at and not waited for, if they are several.
 template <int RANKS>
-__device__ __forceinline__ bool cut_candidates(const uint2* list, int count, unsigned low, int shift, int topk, int rank, int* bins,
+__device__ __forceinline__ bool cut_candidates(const uint2* list, int count, const Bound& bound, int topk, int rank, int* bins,
                                                int* scratch, Cut& cut, int& before) {
   int *fine = bins + kBins, *other = fine + kFineBins;
-  unsigned span = ~low;  // the keys that are looked at: low .. low + span
+  unsigned low = bound.low, span = ~low;  // the keys that are looked at: low .. low + span
+  int shift = bound.shift;
+  bool even = true;
+  const auto even_bin_of = [&](unsigned score) {
+    return even_bin<kFineBins>(__uint_as_float(score), from_ordered(bound.low), bound.scale);
+  };
   if (count > kCandidates) {
     if (threadIdx.x == 0) fine[0] = kTooMany;
     count = 0;
@@ -189,7 +241,7 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, uns
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const unsigned over = ordered(__uint_as_float(list[i].x)) - low;
-      if (over <= span) atomicAdd(&fine[min(over >> shift, kFineBins - 1u)], 1);
+      if (over <= span) atomicAdd(&fine[even ? even_bin_of(list[i].x) : min(over >> shift, kFineBins - 1u)], 1);
     }
     sync_ranks<RANKS>();
     other[threadIdx.x] = 0;  // no block still reads the histogram before this one
@@ -198,8 +250,16 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, uns
       if (RANKS > 1) cluster_arrive();
       return false;
     }
+    if (even && bin.count > kContenders) {
+      even = false;
+      int* const next = other;
+      other = fine;
+      fine = next;
+      continue;
+    }
     need -= bin.above;
     before += bin.earlier_above;
+    if (even) break;
     const unsigned first = (unsigned)bin.index << shift;
     span = bin.index == kFineBins - 1 ? span - first : (1u << shift) - 1;
     low += first;
@@ -225,7 +285,7 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, uns
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const unsigned key = ordered(__uint_as_float(list[i].x));
-    if (key - low > span) continue;
+    if (even ? even_bin_of(list[i].x) != bin.index : key - low > span) continue;
     const unsigned long long entry = entry_key(key, list[i].y);
     unsigned long long* const place = contenders + bin.earlier + atomicAdd(&scratch[kListed], 1);
     if constexpr (RANKS == 1) {
@@ -259,6 +319,7 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, uns
 // Writes the selected ones of a block's candidates behind the `before` tokens of the blocks of lower rank.
 __device__ __forceinline__ void emit_candidates(const uint2* list, int count, const Cut& cut, int before, int form,
                                                 const int* pages, int offset, int* counts, int* out) {
+  constexpr int kAtOnce = 4;  // groups of 32, so that the loads of the page table wait together
   const int lane = threadIdx.x % 32, share = (count + kThreads - 1) / kThreads * 32;  // of a warp
   const int first = threadIdx.x / 32 * share, last = min(first + share, count);
   const auto selects = [&](int i) { return i < last && is_selected(ordered(__uint_as_float(list[i].x)), list[i].y, cut); };
@@ -270,11 +331,21 @@ __device__ __forceinline__ void emit_candidates(const uint2* list, int count, co
   __syncthreads();
   int slot = before + sum_of_warps_before(counts, total);
 #pragma unroll 1
-  for (int base = first; base < last; base += 32) {
-    const bool mine = selects(base + lane);
-    const unsigned vote = __ballot_sync(0xffffffffu, mine);
-    if (mine) out[slot + __popc(vote & ((1u << lane) - 1))] = output_index(list[base + lane].y, form, pages, offset);
-    slot += __popc(vote);
+  for (int base = first; base < last; base += kAtOnce * 32) {
+    int index[kAtOnce];
+    bool mine[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = base + u * 32 + lane;
+      mine[u] = selects(i);
+      if (mine[u]) index[u] = output_index(list[i].y, form, pages, offset);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const unsigned vote = __ballot_sync(0xffffffffu, mine[u]);
+      if (mine[u]) out[slot + __popc(vote & ((1u << lane) - 1))] = index[u];
+      slot += __popc(vote);
+    }
   }
 }
 

@@ -16,16 +16,15 @@ __device__ __forceinline__ void select_shared(const Part& part, int length, int 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const unsigned at = (unsigned)(i * kThreads + threadIdx.x) * (unsigned)length / kRowSamples;
-    sample[i] = ordered(__ldcg(&part.scores[at]));
+    sample[i] = min(ordered(__ldcg(&part.scores[at])), kInfinity);
   }
   uint4 scores[kLoads];
   load_scores(part, part.first, scores);
-  int shift;
-  const unsigned low = bound_from_below(sample, need_of_sample, bins, scratch, shift);
-  const int count = list_candidates<HELD>(part, scores, from_ordered(low), list, scratch);
+  const Bound bound = bound_from_below(sample, need_of_sample, bins, scratch);
+  const int count = list_candidates<HELD>(part, scores, from_ordered(bound.low), list, scratch);
   Cut cut;
   int before;
-  if (cut_candidates<RANKS>(list, count, low, shift, topk, rank, bins, scratch, cut, before)) {
+  if (cut_candidates<RANKS>(list, count, bound, topk, rank, bins, scratch, cut, before)) {
     emit_candidates(list, count, cut, before, form, pages, offset, scratch, out);
   } else {
     select_by_radix<RANKS>(part, topk, rank, form, pages, offset, bins, scratch, out);
@@ -47,9 +46,9 @@ __device__ __forceinline__ void select_row(const float* row_scores, int length, 
   const int warps = (alone ? 1 : RANKS) * kWarps, warp = rank * kWarps + threadIdx.x / 32;
   const int share = (length + warps * 128 - 1) / (warps * 128) * 128;  // of a warp
   const Part part = {row_scores, warp * share, min(warp * share + share, length)};
-  // As many samples as the selected tokens should hold, and five standard deviations more.
+  // As many samples as the selected tokens should hold, and four standard deviations more.
   const float expected = (float)topk * kRowSamples / length;
-  const int need = min((int)(expected + 5.f * sqrtf(expected) + 2.f), kRowSamples);
+  const int need = min((int)(expected + 4.f * sqrtf(expected) + 2.f), kRowSamples);
   clear_bins<kThreads>(bins, kBins + 2 * kFineBins);
   if (threadIdx.x == 0) {
     scratch[kListed] = 0;
