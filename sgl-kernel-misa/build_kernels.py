@@ -154,6 +154,22 @@ def generate(name: str, kernel, architecture: Architecture) -> str:
         source = source.replace(
             "StreamSerializationAllowed = 1;", "StreamSerializationAllowed = 0;"
         )
+    if kernel.prefers_shared:
+        source, count = re.subn(
+            r"(TL_EXPORT int init\(\) {.*?)(\n    return 0;\n})",
+            rf"""\1
+    if (cudaFuncSetAttribute({name}_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) {{
+        snprintf(error_buf, ERROR_BUF_SIZE, "Failed to set the preferred shared memory carveout");
+        return -1;
+    }}
+\2""",
+            source,
+            flags=re.DOTALL,
+        )
+        if count != 1:
+            raise RuntimeError(
+                f"{name}: TileLang generated {count} functions init, not one"
+            )
     for function in ("call", "init", "get_last_error"):
         source, count = re.subn(
             rf'(extern "C" TL_EXPORT [^(]*)\b{function}\(',

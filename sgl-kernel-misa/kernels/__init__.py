@@ -28,10 +28,13 @@ class Kernel:
     Attributes:
         build: returns the prim_func. Its own name does not matter: the table's is what is exported.
         pass_configs: TileLang pass configs that differ from `build_kernels.PASS_CONFIGS`.
+        prefers_shared: an SM gives it all shared memory that it can. A block does not start on an SM that divides its memory
+            in another way until that SM is idle, so kernels that are to overlap divide it in the same way.
     """
 
     build: Callable[[], Any]
     pass_configs: Mapping[str, Any] = field(default_factory=dict)
+    prefers_shared: bool = False
 
 
 def _kernels() -> Dict[str, Kernel]:
@@ -48,13 +51,14 @@ def _kernels() -> Dict[str, Kernel]:
         "sample": Kernel(get_sample_kernel),
         "threshold": Kernel(get_threshold_kernel),
     }
-    for ranks in (1, 2, 4, 8):
+    for ranks in (2, 4, 8):
         kernels[f"decode_select_{ranks}"] = Kernel(
-            partial(get_decode_select_kernel, ranks)
+            partial(get_decode_select_kernel, ranks), prefers_shared=True
         )
+    for ranks in (1, 2, 4, 8):
         for num_heads in (32, 64):
             kernels[f"decode_route_{num_heads}_{ranks}"] = Kernel(
-                partial(get_decode_route_kernel, num_heads, ranks)
+                partial(get_decode_route_kernel, num_heads, ranks), prefers_shared=True
             )
     for heads in (8, 16, 32, 64):
         for mode in ("planes", "samples"):
@@ -66,7 +70,7 @@ def _kernels() -> Dict[str, Kernel]:
                 partial(get_select_kernel, heads, capacity)
             )
         kernels[f"decode_score_{heads}"] = Kernel(
-            partial(get_decode_score_kernel, heads)
+            partial(get_decode_score_kernel, heads), prefers_shared=True
         )
     for heads in (32, 64):
         for capacity in (8192, 16384):

@@ -27,6 +27,7 @@ def get_decode_route_kernel(num_heads: int, ranks: int):
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         out: T.Tensor((rows, active_heads), T.int32),
+        dealt: T.Tensor((1,), T.int32),
         rows_per_seq: T.int32,
         block_pages: T.int32,
     ):
@@ -44,6 +45,8 @@ def get_decode_route_kernel(num_heads: int, ranks: int):
             votes = T.alloc_shared((2 * MAX_ROWS,), T.uint32)
             # `decode_score` may start: until it has the heads it reads only what was there before this kernel.
             T.pdl_trigger()
+            if rank == 0 and seq == 0 and T.get_thread_binding() == 0:
+                dealt[0] = 0
             T.call_extern(
                 "handle",
                 f"misa::route_sequence<{num_heads}, {ranks}>",

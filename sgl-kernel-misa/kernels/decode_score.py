@@ -1,7 +1,7 @@
 """Scores of up to four rows a sequence against all its keys.
 
-The keys are read once for all rows of a sequence. The pages of all sequences lie end to end, and the grid, which is resident
-as a whole, takes an equal share of them a block.
+The keys are read once for all rows of a sequence. The pages of all sequences lie end to end, and the blocks of the grid, which
+is resident as a whole, share them.
 """
 
 import tilelang.language as T
@@ -9,49 +9,49 @@ import tilelang.language as T
 from kernels.dimensions import dimensions
 from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
 
+MAX_ROWS = 4  # kMaxRows of decode_score.cuh
 STAGES = 8
-MAX_ROWS = 4
 
 
 def get_decode_score_kernel(heads: int):
-    """A producer warp streams pages as in `score`; one consumer warpgroup scores them for four rows.
+    """Four warps score; one streams pages, and one gets the queries of the sequences that they belong to.
 
-    After `decode_route` (`routed` is 1) the keys begin to stream before the heads are known: only the heads are that
-    kernel's, and only what follows from them waits for it.
+    After `decode_route` (`routed` is 1) the keys begin to stream before the heads are known: only the heads, and that `dealt`
+    is 0, are that kernel's doing, and only what follows from them waits for it.
+
+    Args:
+        heads: that a row is scored with, 8, 16, 32 or 64.
     """
     columns = MAX_ROWS * heads
-    pieces = columns * 8 // 128  # of 16 bytes of the queries, a thread
+    # Sequences whose queries are there, or under way: the short segments of a block may each be of another one.
+    depth = {8: 4, 16: 4, 32: 2, 64: 1}[heads]
     rows, num_heads, pages, batch, max_pages, active_heads, stride, width = dimensions(
         "rows num_heads pages batch max_pages active_heads table_stride width"
     )
 
-    @T.macro
-    def load_queries(
-        q, weights, active, seq, rows_per_seq, heads_of, piece, q_shared, gate
-    ):
-        """Every load of a step is under way before the first is waited for."""
-        tx = T.get_thread_binding()
-        row = seq * rows_per_seq + T.min(tx % 4, rows_per_seq - 1)
-        for i in T.unroll(pieces):
-            c = T.min((i * 128 + tx) // 8, columns - 1)
-            j = c // 8 * 2 + c % 2
-            r = seq * rows_per_seq + T.min(c % 8 // 2, rows_per_seq - 1)
-            heads_of[i] = active[r, T.min(j, active_heads - 1)]
-        for j in T.unroll(heads):
-            heads_of[pieces + j] = active[row, T.min(j, active_heads - 1)]
-        for i in T.unroll(pieces):
-            c = T.min((i * 128 + tx) // 8, columns - 1)
-            r = seq * rows_per_seq + T.min(c % 8 // 2, rows_per_seq - 1)
-            for v in T.vectorized(16):
-                piece[i * 16 + v] = q[r, heads_of[i], tx % 8 * 16 + v]
-        for j in T.unroll(heads):
-            gate[j] = weights[row, heads_of[pieces + j]]
-        for j in T.unroll(heads):
-            gate[j] = T.if_then_else(j < active_heads, gate[j], 0.0)
-        for i in T.unroll(pieces):
-            c = (i * 128 + tx) // 8
-            for v in T.vectorized(16):
-                q_shared[c, tx % 8 * 16 + v] = piece[i * 16 + v]
+    if depth > 1:
+
+        @T.macro
+        def multiply(k_shared, stage, q_shared, slot, acc):
+            T.gemm(
+                k_shared[stage, :, :],
+                q_shared[slot, :, :],
+                acc,
+                transpose_B=True,
+                clear_accum=True,
+            )
+
+    else:  # TileLang cannot take as large a part as this of a buffer
+
+        @T.macro
+        def multiply(k_shared, stage, q_shared, slot, acc):
+            T.gemm(
+                k_shared[stage, :, :],
+                q_shared,
+                acc,
+                transpose_B=True,
+                clear_accum=True,
+            )
 
     @T.prim_func
     def decode_score(
@@ -63,6 +63,7 @@ def get_decode_score_kernel(heads: int):
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         scores: T.Tensor((rows, width), T.float32),
+        dealt: T.Tensor((1,), T.int32),
         rows_per_seq: T.int32,
         blocks: T.int32,
         routed: T.int32,
@@ -72,22 +73,34 @@ def get_decode_score_kernel(heads: int):
     ):
         with T.Kernel(blocks, threads=256) as block:
             T.import_source('#include "score.cuh"\n#include "decode_score.cuh"\n')
-            q_shared = T.alloc_shared((columns, 128), T.float8_e4m3fn)
+            q_shared = T.alloc_shared(
+                (depth, columns, 128) if depth > 1 else (columns, 128), T.float8_e4m3fn
+            )
+            gates = T.alloc_shared((depth, columns), T.float32)
+            seen = T.alloc_shared((depth, MAX_ROWS), T.int32)
+            segments = T.alloc_shared((depth, 4), T.int32)
             k_shared = T.alloc_shared((STAGES, 64, 128), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, 64), T.float32)
+            notes = T.alloc_shared((STAGES, 4), T.int32)
             full = T.alloc_barrier([32] * STAGES)
             empty = T.alloc_barrier([4] * STAGES)
+            # A segment is announced, its queries are there, its place is free.
+            announced = T.alloc_barrier([32] * depth)
+            ready = T.alloc_barrier([32] * depth)
+            free = T.alloc_barrier([4] * depth)
             acc = T.alloc_fragment((64, columns), T.float32)
             gate = T.alloc_local((heads,), T.float32)
             scale = T.alloc_local((2,), T.float32)
             score = T.alloc_local((2,), T.float32)
-            walk = T.alloc_local((8,), T.int32)
-            heads_of = T.alloc_local((pieces + heads,), T.int32)
-            piece = T.alloc_local((pieces * 16,), T.float8_e4m3fn)
-            length = T.alloc_var(T.int32)
-            count = T.alloc_var(T.int32)
+            walk = T.alloc_local((11,), T.int32)
+            # segment, page of the sequence, pages of the segment after it
+            note = T.alloc_local((3,), T.int32)
+            sequence = T.alloc_local((3,), T.int32)
+            now = T.alloc_var(T.int32)
             page = T.alloc_var(T.int32)
             row = T.alloc_var(T.int32)
+            length = T.alloc_var(T.int32)
+            most = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
             lane = tx % 32
             token = tx % 128 // 32 * 16 + lane // 4
@@ -96,20 +109,22 @@ def get_decode_score_kernel(heads: int):
                 T.pdl_sync()
             # The next kernel does little before it waits for this one, but it takes a while to start.
             T.pdl_trigger()
-            count = T.call_extern(
-                "int32",
-                "misa::walk_begin",
-                walk.data,
-                lengths.data,
-                batch,
-                rows_per_seq,
-                topk,
-                block,
-                blocks,
-            )
+            most = batch * max_pages + 1
             with T.ws(1):
                 # One warp streams. Every key is read once: the cache is better used for what is read again.
-                for i in T.serial(T.if_then_else(tx < 160, count, 0)):
+                T.call_extern(
+                    "handle",
+                    "misa::walk_begin",
+                    walk.data,
+                    lengths.data,
+                    batch,
+                    rows_per_seq,
+                    topk,
+                    block,
+                    blocks,
+                )
+                now = 0
+                for i in T.serial(T.if_then_else(tx < 160, most, 0)):
                     page = T.call_extern(
                         "int32",
                         "misa::walk_to_page",
@@ -120,8 +135,34 @@ def get_decode_score_kernel(heads: int):
                         topk,
                         page_table.data,
                         stride,
+                        T.address_of(dealt[0]),
                     )
+                    if page < 0 or walk[2] == walk[3] - 1:
+                        T.mbarrier_wait_parity(
+                            free[now % depth], ((now // depth) % 2) ^ 1
+                        )
+                        T.call_extern(
+                            "handle",
+                            "misa::write_note",
+                            T.address_of(segments[now % depth, 0]),
+                            T.if_then_else(page < 0, -1, walk[0]),
+                            0,
+                            0,
+                        )
+                        T.mbarrier_arrive(announced[now % depth])
+                        now += 1
                     T.mbarrier_wait_parity(empty[i % STAGES], ((i // STAGES) % 2) ^ 1)
+                    T.call_extern(
+                        "handle",
+                        "misa::write_note",
+                        T.address_of(notes[i % STAGES, 0]),
+                        now - 1,
+                        T.if_then_else(page < 0, -1, walk[1]),
+                        walk[2],
+                    )
+                    if page < 0:
+                        T.mbarrier_arrive(full[i % STAGES])
+                        T.loop_break()
                     T.tma_copy(
                         keys[page, 0:64, 0:128],
                         k_shared[i % STAGES, :, :],
@@ -137,50 +178,79 @@ def get_decode_score_kernel(heads: int):
                         eviction_policy="evict_first",
                     )
                     T.mbarrier_arrive(full[i % STAGES])
+
+                # One gets what else it takes to score a sequence. It waits as well if there is none: whoever waits for this kernel
+                # relies on all before it.
+                if tx >= 160 and tx < 192:
+                    T.pdl_sync()
+                for i in T.serial(T.if_then_else(tx >= 160 and tx < 192, most, 0)):
+                    T.mbarrier_wait_parity(announced[i % depth], (i // depth) % 2)
+                    T.call_extern(
+                        "handle",
+                        "misa::read_note",
+                        T.address_of(segments[i % depth, 0]),
+                        sequence.data,
+                    )
+                    if sequence[0] < 0:
+                        T.loop_break()
+                    T.call_extern(
+                        "handle",
+                        f"misa::load_sequence<{heads}>",
+                        q.data,
+                        weights.data,
+                        active.data,
+                        lengths.data,
+                        sequence[0],
+                        rows_per_seq,
+                        num_heads,
+                        active_heads,
+                        q_shared.data,
+                        i % depth,
+                        T.address_of(gates[i % depth, 0]),
+                        T.address_of(seen[i % depth, 0]),
+                    )
+                    T.mbarrier_arrive(ready[i % depth])
             with T.ws(0):
+                now = -1
                 row = 0
                 length = 0
-                for i in T.serial(count):
-                    if T.call_extern(
-                        "bool",
-                        "misa::walk_step",
-                        walk.data,
-                        lengths.data,
-                        batch,
-                        rows_per_seq,
-                        topk,
-                    ):
-                        # Lanes without a row of their own score one that is there and store nothing.
-                        row = walk[0] * rows_per_seq + T.min(lane % 4, rows_per_seq - 1)
-                        length = 0
-                        if lane % 4 < rows_per_seq:
-                            length = lengths[row]
-                        # The heads are those of the kernel before this one; nothing more of it is waited for.
-                        T.pdl_sync()
-                        T.call_extern("handle", "misa::sync_some<128>")
-                        load_queries(
-                            q,
-                            weights,
-                            active,
-                            walk[0],
-                            rows_per_seq,
-                            heads_of,
-                            piece,
-                            q_shared,
-                            gate,
-                        )
-                        T.call_extern("handle", "misa::fence_async")
-                        T.call_extern("handle", "misa::sync_some<128>")
-                        # The same fence once more, or TileLang places one before every page's products.
-                        T.fence_proxy_async()
+                for i in T.serial(most):
                     T.mbarrier_wait_parity(full[i % STAGES], (i // STAGES) % 2)
-                    T.gemm(
-                        k_shared[i % STAGES, :, :],
-                        q_shared,
-                        acc,
-                        transpose_B=True,
-                        clear_accum=True,
+                    T.call_extern(
+                        "handle",
+                        "misa::read_note",
+                        T.address_of(notes[i % STAGES, 0]),
+                        note.data,
                     )
+                    if note[1] < 0:
+                        T.loop_break()
+                    if note[0] != now:
+                        now = note[0]
+                        T.mbarrier_wait_parity(ready[now % depth], (now // depth) % 2)
+                        T.call_extern(
+                            "handle",
+                            "misa::read_note",
+                            T.address_of(segments[now % depth, 0]),
+                            sequence.data,
+                        )
+                        # Lanes without a row of their own score something and store nothing.
+                        row = sequence[0] * rows_per_seq + T.min(
+                            lane % 4, rows_per_seq - 1
+                        )
+                        length = T.call_extern(
+                            "int32",
+                            "misa::load_length",
+                            T.address_of(seen[now % depth, lane % 4]),
+                        )
+                        if lane % 4 >= rows_per_seq:
+                            length = 0
+                        T.call_extern(
+                            "handle",
+                            f"misa::load_gates<{heads}>",
+                            T.address_of(gates[now % depth, lane % 4 * heads]),
+                            gate.data,
+                        )
+                    multiply(k_shared, i % STAGES, q_shared, now % depth, acc)
                     for rr in T.unroll(2):
                         scale[rr] = T.call_extern(
                             "float32",
@@ -190,6 +260,8 @@ def get_decode_score_kernel(heads: int):
                     T.sync_warp()
                     if lane == 0:
                         T.mbarrier_arrive(empty[i % STAGES])
+                        if note[2] == 0:
+                            T.mbarrier_arrive(free[now % depth])
                     T.call_extern(
                         "handle",
                         f"misa::sum_heads<{heads}, 1>",
@@ -202,13 +274,11 @@ def get_decode_score_kernel(heads: int):
                         "handle",
                         "misa::store_scores",
                         score.data,
-                        walk[1] * 64 + token,
+                        note[1] * 64 + token,
                         length,
                         init_tokens,
                         local_tokens,
                         T.address_of(scores[row, 0]),
                     )
-                # A block without a page waits as well: whoever waits for this kernel relies on all before it.
-                T.pdl_sync()
 
     return decode_score

@@ -22,17 +22,18 @@ from sgl_kernel_misa.tensors import (
 )
 
 MAX_ROWS = 4  # of a sequence
-MANY_SEQUENCES = 8
+CANDIDATES = 6144  # that a block of `decode_select` lists
 
 
-def score_blocks(heads: int, sequences: int) -> int:
-    """Blocks that score with kernels of so many `heads`, all resident at once beside those of `decode_route`.
+def score_blocks(heads: int) -> int:
+    """Blocks that score with kernels of so many `heads`: those that fit on the chip at once."""
+    return 2 * NUM_SMS if heads <= 16 else NUM_SMS
 
-    A single long sequence is done sooner by two on an SM; one keeps up with the memory as long as its heads are few, and many
-    sequences stream faster to half as many blocks.
-    """
-    two = heads <= 8 and sequences < MANY_SEQUENCES or heads == 16
-    return 2 * NUM_SMS if two else NUM_SMS
+
+def select_ranks(rows: int, topk: int) -> int:
+    """Blocks that share a row: few if there are many rows, but each lists its part of about 1.5 topk candidates."""
+    least = next(ranks for ranks in (2, 4, 8) if 2 * topk <= ranks * CANDIDATES)
+    return max(least, cluster_ranks(rows, blocks_per_sm=1))
 
 
 def select(
@@ -45,7 +46,7 @@ def select(
     lengths: torch.Tensor,
     out: torch.Tensor,
     *,
-    routed: bool = False,
+    dealt: Optional[torch.Tensor] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
@@ -54,7 +55,7 @@ def select(
     """Write the selections of `ops.topk_decode` to `out`, int32 [T, topk].
 
     Args:
-        routed: `heads` come from `routing.route_decode`, launched right before.
+        dealt: int32 [1], if `heads` come from `routing.route_decode`, launched right before: the counter that it clears.
     """
     active = all_heads(q) if heads is None else heads
     rows, topk = out.shape
@@ -79,9 +80,10 @@ def select(
         **table,
         lengths=lengths,
         scores=scores,
+        dealt=lengths.new_zeros(1) if dealt is None else dealt,
         rows_per_seq=rows_per_seq,
-        blocks=score_blocks(compiled, batch),
-        routed=int(routed),
+        blocks=score_blocks(compiled),
+        routed=int(dealt is not None),
         topk=topk,
         init_tokens=init_tokens,
         local_tokens=local_tokens,
@@ -92,7 +94,7 @@ def select(
         width=width,
     )
     launch(
-        f"decode_select_{cluster_ranks(rows, blocks_per_sm=2)}",
+        f"decode_select_{select_ranks(rows, topk)}",
         scores=scores,
         **table,
         lengths=lengths,

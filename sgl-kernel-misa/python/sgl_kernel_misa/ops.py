@@ -392,6 +392,7 @@ def _route_topk_decode(q, weights, pooled_keys, index_k, page_table, rows_per_se
         **options,
     )
     if q.shape[0] > 0:
+        dealt = lengths.new_empty(1)
         routing.route_decode(
             q,
             weights,
@@ -401,6 +402,7 @@ def _route_topk_decode(q, weights, pooled_keys, index_k, page_table, rows_per_se
             lengths,
             block_size,
             heads,
+            dealt,
         )
         decode.select(
             q,
@@ -411,7 +413,7 @@ def _route_topk_decode(q, weights, pooled_keys, index_k, page_table, rows_per_se
             rows_per_seq,
             lengths,
             out,
-            routed=True,
+            dealt=dealt,
             **options,
         )
     return heads, out

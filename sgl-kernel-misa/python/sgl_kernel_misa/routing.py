@@ -55,18 +55,19 @@ def route_decode(
     lengths: torch.Tensor,
     block_size: int,
     out: torch.Tensor,
+    dealt: torch.Tensor,
 ) -> None:
-    """The same for 1 to 4 rows a sequence; `decode.select` may begin while it works."""
+    """The same for 1 to 4 rows a sequence; `decode.select` may begin while it works. Clears `dealt`, int32 [1], for it."""
     batch, max_pages = page_table.shape
-    # One block on an SM leaves room for those of `decode_score`, which stream keys meanwhile.
     launch(
-        f"decode_route_{q.shape[1]}_{cluster_ranks(batch, blocks_per_sm=1)}",
+        f"decode_route_{q.shape[1]}_{cluster_ranks(batch, blocks_per_sm=2)}",
         q=q,
         weights=weights,
         pooled_keys=pooled_keys,
         page_table=page_table,
         lengths=lengths,
         out=out,
+        dealt=dealt,
         rows_per_seq=rows_per_seq,
         block_pages=block_size // PAGE_SIZE,
         rows=q.shape[0],
