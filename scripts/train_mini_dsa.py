@@ -1,0 +1,217 @@
+"""Trains mini-DSA: dense attention, then the indexer, then both with the attention that the indexer selects.
+
+    python scripts/mini_dsa/corpus.py corpus
+    python scripts/train_mini_dsa.py --corpus corpus --out checkpoint
+
+Minutes on one Hopper GPU. `<out>/training.jsonl` says how it went.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Dict, Iterator, List, Tuple
+
+import torch
+import torch.nn.functional as F
+from mini_dsa.model import Config, MiniDsa
+from mini_dsa.tasks import make_sequence
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is trained, and how.
+
+    mode          of `MiniDsa.forward`; "warm-up" trains the indexer alone, "dense" all but the indexer
+    length        bytes of a sequence
+    batch         sequences of a step
+    share         of the whole time
+    lr            the highest learning rate; it falls to a tenth of it in the course of the phase
+    """
+
+    name: str
+    mode: str
+    length: int
+    batch: int
+    share: float
+    lr: float
+
+
+# The length grows once retrieval works at the one before.
+PHASES = (
+    Phase("dense 2K", "dense", 2048, 64, 0.25, 2e-3),
+    Phase("dense 8K", "dense", 8192, 16, 0.2, 1e-3),
+    Phase("dense 32K", "dense", 32768, 4, 0.15, 5e-4),
+    Phase("warm-up", "warm-up", 8192, 4, 0.15, 1e-3),
+    Phase("sparse 8K", "sparse", 8192, 4, 0.15, 3e-4),
+    Phase("sparse 32K", "sparse", 32768, 1, 0.1, 2e-4),
+)
+ANSWER_WEIGHT = 4.0  # of a byte of an answer; of any other, 1
+STEPS_TO_LR = 100
+LOG_EVERY = 5.0  # seconds
+
+
+class Sequences(IterableDataset):
+    """Endless sequences: tokens int64 [length + 1] and the mask of the answers, bool [length + 1]."""
+
+    def __init__(self, text: bytes, length: int, seed: int):
+        self.text, self.length, self.seed = text, length, seed
+
+    def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
+        worker = torch.utils.data.get_worker_info()
+        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        while True:
+            sequence, mask = make_sequence(rng, self.text, self.length + 1)
+            tokens = torch.frombuffer(bytearray(sequence), dtype=torch.uint8)
+            yield tokens.long(), torch.frombuffer(mask, dtype=torch.uint8).bool()
+
+
+def learning_rate(phase: Phase, step: int, progress: float) -> float:
+    """progress: 0 to 1, how much of the phase's time is over."""
+    falling = 0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return phase.lr * falling * min(1.0, (step + 1) / STEPS_TO_LR)
+
+
+def trained(model: MiniDsa, mode: str) -> List[torch.nn.Parameter]:
+    """The parameters that a mode trains."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if mode == "sparse" or (".indexer." in name) == (mode == "warm-up")
+    ]
+
+
+def losses(model, head, tokens: Tensor, mask: Tensor, mode: str) -> Dict[str, Tensor]:
+    """What is minimised ("total") and what is worth knowing: means over a batch of sequences.
+
+    "answers" is the share of the answers' bytes that are the likeliest ones, "kl" the indexer's loss.
+    """
+    hidden, kl = model(tokens[:, :-1], mode)
+    if mode == "warm-up":
+        return {"total": kl, "kl": kl}
+    logits, targets, asked = head(hidden).float(), tokens[:, 1:], mask[:, 1:]
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    weights = torch.where(asked.flatten(), ANSWER_WEIGHT, 1.0)
+    right = (logits.argmax(-1) == targets)[asked]
+    return {
+        "total": (each * weights).sum() / weights.sum() + kl,
+        "text": each[~asked.flatten()].mean(),
+        "answers": right.float().sum() / max(1, right.numel()),
+        "kl": kl,
+    }
+
+
+def train_phase(model: MiniDsa, phase: Phase, text: bytes, args, log) -> None:
+    device = next(model.parameters()).device
+    parameters = trained(model, phase.mode)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        parameters, betas=(0.9, 0.95), weight_decay=0.01, fused=device.type == "cuda"
+    )
+    # The chunks of the other modes are too many to be compiled, and large enough not to need it.
+    compiled = args.compile and phase.mode == "dense"
+    run = torch.compile(model) if compiled else model
+    loader = iter(
+        DataLoader(
+            Sequences(text, phase.length, args.seed),
+            batch_size=phase.batch,
+            num_workers=args.workers,
+            pin_memory=device.type == "cuda",
+        )
+    )
+    seconds = args.minutes * 60 * phase.share
+    start = logged = time.monotonic()
+    step = 0
+    with tqdm(total=round(seconds), desc=phase.name, unit="s") as bar:
+        while (elapsed := time.monotonic() - start) < seconds:
+            tokens, mask = (x.to(device, non_blocking=True) for x in next(loader))
+            rate = learning_rate(phase, step, elapsed / seconds)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(device.type, torch.bfloat16):
+                values = losses(run, model.lm_head, tokens, mask, phase.mode)
+            values["total"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            now = time.monotonic()
+            if step == 1 or now - logged > LOG_EVERY:
+                logged = now
+                shown = {name: round(value.item(), 4) for name, value in values.items()}
+                record = {
+                    "phase": phase.name,
+                    "step": step,
+                    "seconds": round(now - start, 1),
+                    "bytes": step * phase.batch * phase.length,
+                    **shown,
+                }
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                bar.set_postfix(shown)
+                bar.update(min(round(seconds), round(now - start)) - bar.n)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--corpus", type=Path, required=True, help="what corpus.py has written")
+    add("--out", type=Path, required=True, help="the folder of the checkpoint")
+    add("--minutes", type=float, default=20.0)
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=8, help="processes that make sequences")
+    add("--layers", type=int, default=Config.num_hidden_layers)
+    add("--index-topk", type=int, default=Config.index_topk)
+    add(
+        "--longest",
+        type=int,
+        default=32768,
+        help="bytes of the longest sequences; phases with longer ones take these",
+    )
+    add("--batch-bytes", type=int, help="at most so many bytes in a step")
+    add("--no-compile", dest="compile", action="store_false")
+    return parser.parse_args()
+
+
+def phases(args: argparse.Namespace) -> List[Phase]:
+    """The phases within the limits that the command line sets."""
+    limited = []
+    for phase in PHASES:
+        length = min(phase.length, args.longest)
+        batch = phase.batch * phase.length // length
+        if args.batch_bytes:
+            batch = max(1, min(batch, args.batch_bytes // length))
+        limited.append(replace(phase, length=length, batch=batch))
+    return limited
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = Config(num_hidden_layers=args.layers, index_topk=args.index_topk)
+    model = MiniDsa(config).to(device)
+    text = (args.corpus / "train.txt").read_bytes()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "training.jsonl").open("w") as log:
+        for phase in phases(args):
+            train_phase(model, phase, text, args, log)
+            model.save(args.out)  # what there is, should the rest not be reached
+    shutil.copy(args.corpus / "corpus.json", args.out)
+
+
+if __name__ == "__main__":
+    main()
