@@ -1,0 +1,212 @@
+"""Needles in a haystack, found or not by a running SGLang server, over context length and depth:
+
+    python benchmark/quality/niah.py --url http://127.0.0.1:30000 --haystack text.txt --output niah.json
+    python benchmark/quality/plot_niah.py niah.json niah.png         # needs matplotlib
+
+A needle says a number that is asked for at the end. With several, the first lies at the depth that is measured and the others
+anywhere; each is asked for by a request of its own. What the server runs (DSA, MISA and its numbers) is read from the server.
+Every variant is asked the same questions. Answers are kept beside the output, so a run that was broken off goes on, and
+several servers can be asked one after another into the same file.
+"""
+
+import argparse
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import requests
+from tqdm import tqdm
+
+NEEDLE = "\nThe magic number of {key} is {value}.\n"
+QUESTION = "\nWhat is the magic number of {key}? The magic number of {key} is"
+ANSWER_TOKENS = 12
+SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One haystack. context: tokens of the prompt; depth: percent of the way to the question."""
+
+    context: int
+    depth: int
+    needles: int
+    number: int
+
+
+class Server:
+    """A server's OpenAI-compatible API."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        info = requests.get(f"{self.url}/get_server_info", timeout=60)
+        info.raise_for_status()
+        self.info = info.json()
+
+    def post(self, path: str, **body) -> Dict:
+        response = requests.post(f"{self.url}{path}", json=body, timeout=3600)
+        response.raise_for_status()
+        return response.json()
+
+    def tokenize(self, text: str) -> List[int]:
+        body = {"prompt": text, "add_special_tokens": False}
+        return self.post("/tokenize", **body)["tokens"]
+
+    def complete(self, tokens: List[int], new_tokens: int) -> str:
+        answer = self.post(
+            "/v1/completions",
+            model="default",
+            prompt=tokens,
+            max_tokens=new_tokens,
+            temperature=0,
+        )
+        return answer["choices"][0]["text"]
+
+    def variant(self) -> Dict:
+        """The fields of a result that say what the server runs."""
+        if not self.info.get("enable_misa"):
+            return {
+                "variant": "dsa",
+                "active_heads": 0,
+                "block_size": 0,
+                "rerank_candidates": 0,
+            }
+        candidates = self.info["misa_rerank_candidates"]
+        return {
+            "variant": "misa-hierarchical" if candidates else "misa",
+            "active_heads": self.info["misa_active_heads"],
+            "block_size": self.info["misa_block_size"],
+            "rerank_candidates": candidates,
+        }
+
+
+def make_needles(trial: Trial) -> Dict[str, str]:
+    """Key and value of every needle; the same for the same trial."""
+    rng = random.Random(repr(trial))
+    needles: Dict[str, str] = {}
+    while len(needles) < trial.needles:
+        key = "".join(rng.choices(SYLLABLES, k=4))
+        needles[key] = str(rng.randrange(1_000_000, 10_000_000))
+    return needles
+
+
+def make_prompts(
+    trial: Trial, haystack: List[int], tokenize
+) -> List[Tuple[List[int], str]]:
+    """The prompts of a trial, token ids, each with the value that it asks for.
+
+    Args:
+        haystack: token ids of the text, at least as many as the context.
+        tokenize: from a string to token ids.
+
+    Raises:
+        ValueError: the needles and the question do not fit into the context.
+    """
+    rng = random.Random(f"{trial!r} places")
+    needles = make_needles(trial)
+    told = [tokenize(NEEDLE.format(key=k, value=v)) for k, v in needles.items()]
+    asked = [tokenize(QUESTION.format(key=key)) for key in needles]
+    room = trial.context - sum(map(len, told)) - max(map(len, asked))
+    if room < 0:
+        raise ValueError(
+            f"{trial.needles} needles do not fit into {trial.context} tokens"
+        )
+    begin = rng.randrange(len(haystack) - room + 1)
+    hay = haystack[begin : begin + room]
+    depths = [trial.depth] + [rng.uniform(0, 100) for _ in told[1:]]
+    places = sorted((round(room * d / 100), i) for i, d in enumerate(depths))
+    text, done = [], 0
+    for place, i in places:
+        text += hay[done:place] + told[i]
+        done = place
+    text += hay[done:]
+    return [(text + a, value) for a, value in zip(asked, needles.values())]
+
+
+def summarize(answers: List[Dict]) -> List[Dict]:
+    """One record a variant, context, depth and number of needles: the share that was found, by question.
+
+    ci95 is half the width of the Wilson interval, in which the share lies.
+    """
+    cells: Dict[Tuple, List[bool]] = {}
+    for answer in answers:
+        cell = {k: v for k, v in answer.items() if k not in ("number", "found")}
+        cells.setdefault(tuple(cell.items()), []).extend(answer["found"])
+    results = []
+    for cell, found in cells.items():
+        n, z = len(found), 1.96
+        share = sum(found) / n
+        ci95 = (
+            z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+        )
+        results.append(
+            dict(cell) | {"metric": "niah", "value": share, "ci95": ci95, "n": n}
+        )
+    return results
+
+
+def ask(server: Server, trial: Trial, haystack: List[int]) -> List[bool]:
+    """Whether each needle of a trial is found."""
+    return [
+        server.complete(tokens, ANSWER_TOKENS).strip().startswith(value)
+        for tokens, value in make_prompts(trial, haystack, server.tokenize)
+    ]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--url", required=True, help="of the server")
+    add("--haystack", type=Path, required=True, help="a text longer than any context")
+    add("--output", type=Path, required=True, help="the result, JSON")
+    add("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    add("--depths", type=int, nargs="+", default=list(range(0, 101, 10)))
+    add("--needles", type=int, nargs="+", default=[1, 4])
+    add("--trials", type=int, default=10, help="of every cell")
+    add("--parallel", type=int, default=4, help="requests at once")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    server = Server(args.url)
+    variant = server.variant()
+    haystack = server.tokenize(args.haystack.read_text(errors="replace"))
+    if len(haystack) < max(args.contexts):
+        raise SystemExit(
+            f"niah: --haystack {args.haystack} has {len(haystack)} tokens, fewer than --contexts {max(args.contexts)}"
+        )
+    kept = args.output.with_suffix(".jsonl")
+    answers = (
+        [json.loads(x) for x in kept.read_text().splitlines()] if kept.exists() else []
+    )
+    names = Trial.__dataclass_fields__
+    done = {
+        Trial(**{name: answer[name] for name in names})
+        for answer in answers
+        if all(answer[k] == v for k, v in variant.items())
+    }
+    trials = [
+        Trial(context, depth, needles, number)
+        for context in args.contexts
+        for needles in args.needles
+        for depth in args.depths
+        for number in range(args.trials)
+    ]
+    left = [trial for trial in trials if trial not in done]
+    with kept.open("a") as file, ThreadPoolExecutor(args.parallel) as pool:
+        asked = pool.map(lambda trial: (trial, ask(server, trial, haystack)), left)
+        for trial, found in tqdm(asked, total=len(left), unit="trial"):
+            answer = variant | asdict(trial) | {"found": found}
+            answers.append(answer)
+            file.write(json.dumps(answer) + "\n")
+            file.flush()
+    args.output.write_text(json.dumps(summarize(answers), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
