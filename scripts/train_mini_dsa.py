@@ -3,7 +3,8 @@
     python scripts/mini_dsa/corpus.py corpus
     python scripts/train_mini_dsa.py --corpus corpus --out checkpoint
 
-Minutes on one Hopper GPU. `<out>/training.jsonl` says how it went.
+Minutes on one Hopper GPU. `<out>/training.jsonl` says how it went. With --resume, a training that was broken off goes on with
+the phase in which it was.
 """
 
 import argparse
@@ -182,6 +183,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--batch-bytes", type=int, help="at most so many bytes in a step")
     add("--no-compile", dest="compile", action="store_false")
+    add("--resume", action="store_true", help="go on with what --out holds")
     return parser.parse_args()
 
 
@@ -206,11 +208,18 @@ def main() -> None:
     model = MiniDsa(config).to(device)
     text = (args.corpus / "train.txt").read_bytes()
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "training.jsonl").open("w") as log:
-        for phase in phases(args):
+    state, done = args.out / "training.pt", 0
+    if args.resume:
+        saved = torch.load(state, map_location=device)
+        model.load_state_dict(saved["model"])
+        done = saved["phases"]
+    with (args.out / "training.jsonl").open("a" if done else "w") as log:
+        for number, phase in enumerate(phases(args)[done:], done + 1):
             train_phase(model, phase, text, args, log)
-            model.save(args.out)  # what there is, should the rest not be reached
+            model.save(args.out)
+            torch.save({"model": model.state_dict(), "phases": number}, state)
     shutil.copy(args.corpus / "corpus.json", args.out)
+    state.unlink()
 
 
 if __name__ == "__main__":

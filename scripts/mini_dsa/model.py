@@ -85,17 +85,15 @@ def rotate(x: Tensor, positions: Tensor, theta: float, interleaved: bool) -> Ten
     half = x.shape[-1] // 2
     frequencies = theta ** (-torch.arange(half, device=x.device).float() / half)
     angles = positions[:, None, None].float() * frequencies
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = angles.cos(), angles.sin()
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
     else:
         first, second = x[..., :half], x[..., half:]
     rotated = (first * cos - second * sin, second * cos + first * sin)
-    return (
-        torch.stack(rotated, dim=-1).flatten(-2)
-        if interleaved
-        else torch.cat(rotated, dim=-1)
-    )
+    if interleaved:
+        return torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
+    return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 class Indexer(nn.Module):
@@ -180,7 +178,10 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, T, D]
 
         if mode == "dense":
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            # Flash attention wants values as wide as keys.
+            wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+            out = F.scaled_dot_product_attention(q, k, wide, is_causal=True)
+            out = out[..., : v.shape[-1]]
             loss = x.new_zeros((), dtype=torch.float32)
         else:
             # What the indexer learns is not to change the rest of the model, nor the other way round.

@@ -149,6 +149,7 @@ def test_training_runs(tmp_path):
     options = "--minutes 0.2 --layers 2 --index-topk 64 --longest 512 --batch-bytes 1024 --workers 0 --no-compile"
     paths = ["--corpus", tmp_path, "--out", tmp_path / "out"]
     subprocess.run([*command, *options.split(), *paths], check=True)
+    assert not (tmp_path / "out" / "training.pt").exists()
     log = (tmp_path / "out" / "training.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in log]
     assert len({record["phase"] for record in records}) == 6
@@ -157,3 +158,39 @@ def test_training_runs(tmp_path):
     assert text_losses[-1] < text_losses[0] - 0.5
     model = MiniDsa.load(tmp_path / "out")
     assert model.logits(random_tokens(1, 100)).isfinite().all()
+
+
+def test_training_resumes(tmp_path, monkeypatch):
+    """Broken off in the third phase, it goes on there, with the weights that the second one has left."""
+    import train_mini_dsa
+
+    (tmp_path / "train.txt").write_bytes((SCRIPTS.parent / "LICENSE").read_bytes())
+    (tmp_path / "corpus.json").write_text("{}")
+    seen = []
+
+    def train_phase(model, phase, *_):
+        seen.append((phase.name, model.lm_head.weight.sum().item()))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        with torch.no_grad():
+            model.lm_head.weight += 1
+
+    monkeypatch.setattr(train_mini_dsa, "train_phase", train_phase)
+    command = [
+        "train",
+        "--corpus",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--layers",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        train_mini_dsa.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+    train_mini_dsa.main()
+    names = [phase.name for phase in train_mini_dsa.PHASES]
+    assert [name for name, _ in seen] == [*names[:3], *names[2:]]
+    assert seen[3] == seen[2]
+    assert MiniDsa.load(tmp_path / "out").config.num_hidden_layers == 1
