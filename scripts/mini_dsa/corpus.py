@@ -12,7 +12,7 @@ import json
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 # Of each package the files that are plain text.
 PACKAGES = {
@@ -29,8 +29,8 @@ def is_held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT == 0
 
 
-def read_package(package: str, pattern: str) -> Dict[str, bytes]:
-    """The documents of a package by their paths, from the archive that apt-get finds."""
+def read_package(package: str, pattern: str) -> Tuple[str, Dict[str, bytes]]:
+    """The archive that apt-get finds for a package, by its name, and the documents in it by their paths."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["apt-get", "-q", "download", package], cwd=folder, check=True)
         (archive,) = Path(folder).glob("*.deb")
@@ -40,7 +40,7 @@ def read_package(package: str, pattern: str) -> Dict[str, bytes]:
         documents = {
             f"{package}/{path.relative_to(files)}": path.read_bytes() for path in paths
         }
-    return {"archive": archive.name, "documents": documents}
+    return archive.name, documents
 
 
 def main() -> None:
@@ -53,9 +53,9 @@ def main() -> None:
     parts: Dict[str, List[bytes]] = {"train": [], "heldout": []}
     archives = []
     for package, pattern in PACKAGES.items():
-        found = read_package(package, pattern)
-        archives.append(found["archive"])
-        for name, document in found["documents"].items():
+        archive, documents = read_package(package, pattern)
+        archives.append(archive)
+        for name, document in documents.items():
             if len(document) >= SHORTEST:
                 parts["heldout" if is_held_out(name) else "train"].append(document)
     summary = {"packages": archives}
