@@ -43,32 +43,25 @@ class Variant(NamedTuple):
     rerank_candidates: int = 0
 
 
-def scored_by(rows: Rows, heads: torch.Tensor, topk: int) -> torch.Tensor:
-    """The selection -> int64 [T, topk] by some of the heads, int64 [T, h]."""
-    q = rows.q.float().gather(1, heads[:, :, None].expand(-1, -1, rows.q.shape[2]))
-    weights = rows.weights.gather(1, heads)
-    scores = reference.token_scores(q, weights, rows.k, rows.k_scale)
-    return reference.top_positions(
-        scores, reference.visible(rows.lengths, len(rows.k)), topk
-    )
-
-
-def best_heads(estimates: torch.Tensor, count: int) -> torch.Tensor:
-    best = estimates.sort(dim=1, descending=True, stable=True).indices
-    return best[:, :count].sort(dim=1).values
+def selected_by(rows: Rows, estimates: torch.Tensor, count: int, topk: int):
+    """The selection -> int64 [T, topk] by the `count` heads of each query with the largest estimates, [T, H]."""
+    q, weights, k, k_scale, lengths = rows
+    heads = reference.best_heads(estimates, count)
+    scores = reference.routed_scores(q, weights, k, k_scale, heads)
+    return reference.top_positions(scores, reference.visible(lengths, len(k)), topk)
 
 
 def random_heads(rows: Rows, topk: int, count: int) -> torch.Tensor:
     """A control: for every query other heads, by chance."""
     rng = torch.Generator().manual_seed(0)
     estimates = torch.rand(rows.weights.shape, generator=rng).to(rows.q.device)
-    return scored_by(rows, best_heads(estimates, count), topk)
+    return selected_by(rows, estimates, count, topk)
 
 
 def heaviest_heads(rows: Rows, topk: int, count: int) -> torch.Tensor:
     """A control: the heads of the largest average weight, the same for all queries."""
     average = rows.weights.abs().mean(0).expand_as(rows.weights)
-    return scored_by(rows, best_heads(average, count), topk)
+    return selected_by(rows, average, count, topk)
 
 
 def future_means(rows: Rows, topk: int, count: int, block_size: int) -> torch.Tensor:
@@ -78,7 +71,7 @@ def future_means(rows: Rows, topk: int, count: int, block_size: int) -> torch.Te
     estimates = reference.head_estimates(
         rows.q, rows.weights, means, ends.clamp(max=len(rows.k)), block_size
     )
-    return scored_by(rows, best_heads(estimates, count), topk)
+    return selected_by(rows, estimates, count, topk)
 
 
 def own_key(rows: Rows, topk: int, count: int) -> torch.Tensor:
@@ -86,7 +79,7 @@ def own_key(rows: Rows, topk: int, count: int) -> torch.Tensor:
     last = rows.lengths - 1
     keys = rows.k.float()[last] * rows.k_scale[last, None]
     dots = torch.einsum("thd,td->th", rows.q.float(), keys)
-    return scored_by(rows, best_heads((rows.weights * dots.relu()).abs(), count), topk)
+    return selected_by(rows, (rows.weights * dots.relu()).abs(), count, topk)
 
 
 def selections(
@@ -94,17 +87,20 @@ def selections(
 ) -> Iterator[Tuple[Variant, Callable[[], torch.Tensor]]]:
     """Every selection that is measured, as a function that computes it -> int64 [T, topk], -1 padded."""
     total = rows.q.shape[1]
-    default = {"active_heads": 8, "block_size": 1024}
-    swept = {
-        (min(heads, total), block) for heads in ACTIVE_HEADS for block in BLOCK_SIZES
-    }
-    for heads, block in sorted(swept):
-        numbers = {"active_heads": heads, "block_size": block}
-        yield Variant("misa", **numbers), lambda numbers=numbers: reference.misa(
-            *rows, topk, **numbers
+    means = reference.page_means(rows.k, rows.k_scale)
+    for block in BLOCK_SIZES:
+        # `reference.misa`, but what the router estimates is computed once for all numbers of heads.
+        estimates = reference.head_estimates(
+            rows.q, rows.weights, means, rows.lengths, block
         )
+        for heads in sorted({min(heads, total) for heads in ACTIVE_HEADS}):
+            yield (
+                Variant("misa", heads, block),
+                lambda e=estimates, h=heads: selected_by(rows, e, h, topk),
+            )
     for candidates in RERANK_CANDIDATES:
-        numbers = {**default, "rerank_candidates": candidates}
+        numbers = {"active_heads": 8, "block_size": 1024}
+        numbers["rerank_candidates"] = candidates
         yield (
             Variant("misa-hierarchical", **numbers),
             lambda numbers=numbers: reference.misa(*rows, topk, **numbers),

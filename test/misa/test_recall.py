@@ -48,6 +48,11 @@ def test_selections():
     # As many candidates as there are tokens: the second stage is DSA.
     assert all(share == 1 for _, share in by_name["misa-hierarchical"])
     assert all(share == 1 for _, share in by_name["hisa"])
+    for variant, select in selections(rows, TOPK):
+        if variant.variant == "misa":
+            numbers = variant._asdict()
+            del numbers["variant"]
+            assert torch.equal(select(), reference.misa(*rows, TOPK, **numbers))
     # Random keys: small blocks still say something of them, large ones do not.
     (routed,) = [s for v, s in shares.items() if v[:3] == ("misa", 8, 64)]
     assert routed > by_name["random-heads"][0][1] + 0.1

@@ -104,14 +104,25 @@ def head_estimates(q, weights, means, lengths, block_size: int) -> torch.Tensor:
     return estimates
 
 
-def route(q, weights, means, lengths, active_heads: int, block_size: int):
-    """The `active_heads` heads that contribute most to each query, in ascending order -> int64 [T, active_heads].
+def best_heads(estimates, active_heads: int) -> torch.Tensor:
+    """The `active_heads` heads of the largest estimates of each query, in ascending order -> int64 [T, active_heads].
 
     Equal estimates are broken in favour of the lower head.
     """
-    estimates = head_estimates(q, weights, means, lengths, block_size)
     best = estimates.sort(dim=1, descending=True, stable=True).indices
     return best[:, :active_heads].sort(dim=1).values
+
+
+def route(q, weights, means, lengths, active_heads: int, block_size: int):
+    """The `active_heads` heads that contribute most to each query, see `best_heads`."""
+    estimates = head_estimates(q, weights, means, lengths, block_size)
+    return best_heads(estimates, active_heads)
+
+
+def routed_scores(q, weights, k, k_scale, heads) -> torch.Tensor:
+    """`token_scores` by some of the heads of each query, int64 [T, h] -> float32 [T, S]."""
+    routed_q = q.float().gather(1, heads[:, :, None].expand(-1, -1, q.shape[2]))
+    return token_scores(routed_q, weights.gather(1, heads), k, k_scale)
 
 
 def misa(
@@ -133,9 +144,7 @@ def misa(
     scored again by all heads.
     """
     heads = route(q, weights, page_means(k, k_scale), lengths, active_heads, block_size)
-    routed_q = q.float().gather(1, heads[:, :, None].expand(-1, -1, q.shape[2]))
-    scores = token_scores(routed_q, weights.gather(1, heads), k, k_scale)
-    scores = force(scores, lengths, **forced)
+    scores = force(routed_scores(q, weights, k, k_scale, heads), lengths, **forced)
     allowed = visible(lengths, len(k))
     if rerank_candidates:
         candidates = top_positions(scores, allowed, rerank_candidates)
