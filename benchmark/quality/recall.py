@@ -47,7 +47,8 @@ def selected_by(rows: Rows, estimates: torch.Tensor, count: int, topk: int):
     """The selection -> int64 [T, topk] by the `count` heads of each query with the largest estimates, [T, H]."""
     q, weights, k, k_scale, lengths = rows
     heads = reference.best_heads(estimates, count)
-    scores = reference.routed_scores(q, weights, k, k_scale, heads)
+    routed = reference.of_heads(q, weights, heads)
+    scores = reference.token_scores(*routed, k, k_scale)
     return reference.top_positions(scores, reference.visible(lengths, len(k)), topk)
 
 

@@ -80,8 +80,7 @@ def scores_and_slack(q, weights, k, k_scale, lengths, forced, heads=None):
     """The scores by `heads` (int64 [T, h], None for all), and how far each may be off: both float32 [T, S]."""
     q = q.float()
     if heads is not None:
-        q = q.gather(1, heads[:, :, None].expand(-1, -1, q.shape[2]))
-        weights = weights.gather(1, heads)
+        q, weights = reference.of_heads(q, weights, heads)
     scores = reference.token_scores(q, weights, k, k_scale)
     sizes = reference.token_scores(q.abs(), weights.abs(), k.float().abs(), k_scale)
     return reference.force(scores, lengths, **forced), TIE * sizes

@@ -56,9 +56,7 @@ def routed(q, weights, heads):
     """The queries and weights of the heads that score."""
     if heads is None:
         return q, weights
-    heads = heads.long()
-    routed_q = q.float().gather(1, heads[:, :, None].expand(-1, -1, q.shape[2]))
-    return routed_q, weights.gather(1, heads)
+    return reference.of_heads(q, weights, heads.long())
 
 
 def relu_bounds(q, keys):

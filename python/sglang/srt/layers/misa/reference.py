@@ -119,10 +119,10 @@ def route(q, weights, means, lengths, active_heads: int, block_size: int):
     return best_heads(estimates, active_heads)
 
 
-def routed_scores(q, weights, k, k_scale, heads) -> torch.Tensor:
-    """`token_scores` by some of the heads of each query, int64 [T, h] -> float32 [T, S]."""
+def of_heads(q, weights, heads):
+    """The queries and weights of the `heads`, int64 [T, h], of each query -> float32 [T, h, 128], float32 [T, h]."""
     routed_q = q.float().gather(1, heads[:, :, None].expand(-1, -1, q.shape[2]))
-    return token_scores(routed_q, weights.gather(1, heads), k, k_scale)
+    return routed_q, weights.gather(1, heads)
 
 
 def misa(
@@ -144,7 +144,8 @@ def misa(
     scored again by all heads.
     """
     heads = route(q, weights, page_means(k, k_scale), lengths, active_heads, block_size)
-    scores = force(routed_scores(q, weights, k, k_scale, heads), lengths, **forced)
+    scores = token_scores(*of_heads(q, weights, heads), k, k_scale)
+    scores = force(scores, lengths, **forced)
     allowed = visible(lengths, len(k))
     if rerank_candidates:
         candidates = top_positions(scores, allowed, rerank_candidates)
