@@ -155,7 +155,9 @@ def generate(name: str, kernel, architecture: Architecture) -> str:
             "StreamSerializationAllowed = 1;", "StreamSerializationAllowed = 0;"
         )
     if kernel.prefers_shared:
-        source, count = re.subn(
+        source = _edit(
+            "init",
+            name,
             r"(TL_EXPORT int init\(\) {.*?)(\n    return 0;\n})",
             rf"""\1
     if (cudaFuncSetAttribute({name}_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) {{
@@ -164,22 +166,15 @@ def generate(name: str, kernel, architecture: Architecture) -> str:
     }}
 \2""",
             source,
-            flags=re.DOTALL,
         )
-        if count != 1:
-            raise RuntimeError(
-                f"{name}: TileLang generated {count} functions init, not one"
-            )
     for function in ("call", "init", "get_last_error"):
-        source, count = re.subn(
+        source = _edit(
+            function,
+            name,
             rf'(extern "C" TL_EXPORT [^(]*)\b{function}\(',
             rf"\1{name}_{function}(",
             source,
         )
-        if count != 1:
-            raise RuntimeError(
-                f"{name}: TileLang generated {count} functions {function}, not one"
-            )
     return source
 
 
@@ -439,6 +434,16 @@ def sources_digest() -> str:
         f"{path.relative_to(ROOT).as_posix()} {_digest_file(path)}" for path in files
     ]
     return _digest("\n".join(sorted(lines)).encode())
+
+
+def _edit(function: str, name: str, pattern: str, text: str, source: str) -> str:
+    """The source of the kernel `name` with `text` for what matches in its host function, which must be there once."""
+    source, count = re.subn(pattern, text, source, flags=re.DOTALL)
+    if count != 1:
+        raise RuntimeError(
+            f"{name}: TileLang generated {count} functions {function}, not one"
+        )
+    return source
 
 
 def _include(header: str) -> str:
