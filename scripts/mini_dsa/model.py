@@ -4,8 +4,7 @@ The parameters have the names and shapes of a Hugging Face checkpoint: `state_di
 SGLang's `DeepseekV32ForCausalLM` but for what serving adds: the indexer's Hadamard rotation, which changes no dot product,
 and its FP8.
 
-Attention is dense, or sees the `index_topk` tokens that the indexer selects for each query. Queries are taken in chunks, so
-that no tensor of rows x rows is kept.
+Attention is dense, or sees the `index_topk` tokens that the indexer selects for each query.
 """
 
 import json
@@ -15,17 +14,20 @@ from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from mini_dsa.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-CHUNK = 512  # queries at a time
+CHUNK = 512  # queries that select at a time: heads x queries x tokens are many scores
+# Queries of a sequence on which the indexer's loss is taken, others in every layer and step. Neighbours teach it much the
+# same, and steps are worth more than queries.
+LOSS_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Config:
     """The numbers of a mini-DSA, under the names of its `config.json`."""
 
-    vocab_size: int = 259
+    vocab_size: int = VOCAB_SIZE
     hidden_size: int = 256
     intermediate_size: int = 768
     num_hidden_layers: int = 4
@@ -38,12 +40,12 @@ class Config:
     index_n_heads: int = 64
     index_head_dim: int = 128
     index_topk: int = 2048
-    max_position_embeddings: int = 65536
+    max_position_embeddings: int = 33792  # 32K and room for an answer
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
-    bos_token_id: int = 256
-    eos_token_id: int = 257
-    pad_token_id: int = 258
+    bos_token_id: int = BOS
+    eos_token_id: int = EOS
+    pad_token_id: int = PAD
 
     def to_json(self) -> dict:
         """`config.json`: a model whose layers are all dense, the experts' numbers being there but unused."""
@@ -177,61 +179,55 @@ class Attention(nn.Module):
         k = torch.cat([k_nope, k_rope.expand(*k_nope.shape[:-1], -1)], dim=-1)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, T, D]
 
-        if mode == "dense":
-            # Flash attention wants values as wide as keys.
-            wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-            out = F.scaled_dot_product_attention(q, k, wide, is_causal=True)
-            out = out[..., : v.shape[-1]]
-            loss = x.new_zeros((), dtype=torch.float32)
-        else:
+        # Flash attention wants values as wide as keys.
+        wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        loss = x.new_zeros((), dtype=torch.float32)
+        if mode != "dense":
             # What the indexer learns is not to change the rest of the model, nor the other way round.
             index = self.indexer(x.detach(), q_latent.detach(), positions)
-            out, loss = self.indexed(q, k, v, *index, sparse=mode == "sparse")
+            loss = self.index_loss(q.detach(), k.detach(), *index)
+        if mode == "sparse":
+            out = self.sparse(q, k, wide, *(part.detach() for part in index))
+        else:
+            out = F.scaled_dot_product_attention(q, k, wide, is_causal=True)
+        out = out[..., : v.shape[-1]]
         return self.o_proj(out.transpose(1, 2).flatten(2)), loss
 
-    def indexed(
-        self, q, k, v, index_q, index_k, index_w, *, sparse: bool
-    ) -> Tuple[Tensor, Tensor]:
-        """Attention chunk by chunk, and the mean over the queries of KL(attention || indexer)."""
-        outs, losses = [], []
+    def index_loss(self, q, k, index_q, index_k, index_w) -> Tensor:
+        """KL(attention || softmax of the index scores), attention being the mean over all heads of the dense one.
+
+        The mean over some queries: `LOSS_ROWS` of every sequence, by chance, or all where there are no more.
+        """
+        length = q.shape[2]
+        rows = torch.randperm(length, device=q.device)[:LOSS_ROWS]
+        hidden = torch.arange(length, device=q.device) > rows[:, None]  # [R, T]
+        logits = (q[:, :, rows] @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        target = logits.masked_fill(hidden, float("-inf")).softmax(-1).mean(1)
+        scores = index_scores(index_q[:, rows], index_w[:, rows], index_k)
+        predicted = scores.masked_fill(hidden, float("-inf")).log_softmax(-1)
+        predicted = predicted.masked_fill(hidden, 0.0)  # where the target is 0 too
+        return (torch.xlogy(target, target) - target * predicted).sum(-1).mean()
+
+    def sparse(self, q, k, v, index_q, index_k, index_w) -> Tensor:
+        """Attention of every query to the tokens that it selects."""
+        outs = []
         for begin in range(0, q.shape[2], CHUNK):
             end = min(begin + CHUNK, q.shape[2])
-            out, loss = checkpoint(
-                self.chunk,
-                q[:, :, begin:end],
-                k[:, :, :end],
-                v[:, :, :end],
-                index_q[:, begin:end],
-                index_k[:, :end],
-                index_w[:, begin:end],
-                sparse,
-                use_reentrant=False,
+            places = torch.arange(end, device=q.device)
+            visible = (places <= places[begin:, None]).expand(len(q), -1, -1)
+            if end > self.config.index_topk:
+                scores = index_scores(
+                    index_q[:, begin:end], index_w[:, begin:end], index_k[:, :end]
+                ).masked_fill(~visible, float("-inf"))
+                topk = scores.topk(self.config.index_topk, dim=-1, sorted=False)
+                chosen = torch.zeros_like(visible).scatter(-1, topk.indices, True)
+                visible = visible & chosen
+            outs.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, begin:end], k[:, :, :end], v[:, :, :end], visible[:, None]
+                )
             )
-            outs.append(out)
-            losses.append(loss)
-        return torch.cat(outs, dim=2), torch.stack(losses).sum() / (
-            q.shape[0] * q.shape[2]
-        )
-
-    def chunk(self, q, k, v, index_q, index_k, index_w, sparse: bool):
-        rows, length = q.shape[2], k.shape[2]
-        places = torch.arange(length, device=q.device)
-        seen = places <= places[length - rows :, None]  # [R, S]
-        scores = index_scores(index_q, index_w, index_k).masked_fill(
-            ~seen, float("-inf")
-        )
-        visible = seen.expand_as(scores)
-        if sparse and length > self.config.index_topk:
-            kept = scores.detach().topk(self.config.index_topk, dim=-1).indices
-            visible = visible & torch.zeros_like(visible).scatter(-1, kept, True)
-        logits = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        attention = logits.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
-        # The target: what all heads together attend to. Where nothing is visible both sides are 0.
-        target = attention.detach().mean(1)
-        predicted = scores.masked_fill(~visible, float("-inf")).log_softmax(-1)
-        predicted = predicted.masked_fill(~visible, 0.0)
-        loss = (torch.xlogy(target, target) - target * predicted).sum()
-        return attention.to(v.dtype) @ v, loss
+        return torch.cat(outs, dim=2)
 
 
 class Mlp(nn.Module):
@@ -289,8 +285,11 @@ class MiniDsa(nn.Module):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+        # As wide as this keeps the variance: the layers are too narrow for the usual 0.02, with which retrieval comes later.
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
 
     def forward(self, tokens: Tensor, mode: str = "sparse") -> Tuple[Tensor, Tensor]:
         """Run the model on whole sequences.
@@ -302,7 +301,7 @@ class MiniDsa(nn.Module):
 
         Returns:
             Hidden states [B, T, hidden] after the last norm, and the indexer's loss: float32, the mean over layers and queries
-            of the KL divergence of the indexer's softmax from what the attention heads attend to on average.
+            of the KL divergence of the indexer's softmax from what the attention heads attend to on average if dense.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.model.embed_tokens(tokens)

@@ -48,6 +48,17 @@ def needle(rng: random.Random) -> Task:
     ]
 
 
+def worded_needle(rng: random.Random) -> Task:
+    """The same in other words: those of the question are not those of the answer."""
+    adjective, value = rng.choice(ADJECTIVES), number(rng)
+    key = f"{name(rng)}-{name(rng)}"
+    asks = f"\nWhat is the {adjective} number for {key} mentioned in the text? It is"
+    return [
+        Statement(f"\nOne of the {adjective} numbers for {key} is: {value}.\n"),
+        Statement(asks, f" {value}.\n"),
+    ]
+
+
 def multi_needle(rng: random.Random) -> Task:
     """Several numbers under one adjective; all are asked for together."""
     adjective = rng.choice(ADJECTIVES)
@@ -94,6 +105,7 @@ def few_shot(rng: random.Random) -> Task:
 TASKS: Tuple[Callable[[random.Random], Task], ...] = (
     needle,
     needle,
+    worded_needle,
     multi_needle,
     key_value,
     copying,

@@ -14,8 +14,9 @@ sys.path.insert(0, str(SCRIPTS))
 
 from mini_dsa.model import Config, MiniDsa, index_scores
 from mini_dsa.tasks import TASKS, make_sequence
+from mini_dsa.tokenizer import write_tokenizer
 from server import Server, tokens
-from tiny_model import make_weights, write_tokenizer
+from tiny_model import make_weights
 
 CONFIG = Config(num_hidden_layers=2, num_attention_heads=4, index_topk=256)
 

@@ -6,13 +6,15 @@ The weights have a realistic scale, so that attention, and with it the selection
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-BOS, EOS, PAD = 256, 257, 258
-VOCAB_SIZE = 259
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from mini_dsa.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -143,26 +145,6 @@ def make_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
     norm("model.norm", hidden)
     linear("lm_head", config["vocab_size"], hidden)
     return weights
-
-
-def write_tokenizer(out_dir: Path) -> None:
-    """A tokenizer of bytes, where a byte's id is its value."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    vocab = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
-    vocab |= {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        model_max_length=163840,
-    ).save_pretrained(out_dir)
 
 
 def write_tiny_model(
