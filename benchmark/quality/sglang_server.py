@@ -34,18 +34,22 @@ class Server:
         return answer["choices"][0]["text"]
 
     def variant(self) -> Dict:
-        """The fields of a result that say what the server runs."""
-        if not self.info.get("enable_misa"):
-            return {
-                "variant": "dsa",
-                "active_heads": 0,
-                "block_size": 0,
-                "rerank_candidates": 0,
-            }
-        candidates = self.info["misa_rerank_candidates"]
+        """The fields of a result that say what the server runs; 0 where that has no such number."""
+        info = self.info
+        name, heads, block, candidates = "dsa", 0, 0, 0
+        if info.get("enable_misa"):
+            name = info.get("misa_eval_selection") or "misa"
+            heads, block = info["misa_active_heads"], info["misa_block_size"]
+            candidates = info["misa_rerank_candidates"]
+            if name == "misa" and candidates:
+                name = "misa-hierarchical"
+            elif name == "hisa":
+                heads, block = 0, 128
+            elif name != "misa":
+                block = 0
         return {
-            "variant": "misa-hierarchical" if candidates else "misa",
-            "active_heads": self.info["misa_active_heads"],
-            "block_size": self.info["misa_block_size"],
+            "variant": name,
+            "active_heads": heads,
+            "block_size": block,
             "rerank_candidates": candidates,
         }

@@ -10,6 +10,7 @@ from server import server_env
 
 from sglang.srt.layers.misa import operations
 from sglang.srt.layers.misa import server_args as module
+from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="resolves arguments for the CPU engine"
@@ -162,6 +163,39 @@ def test_cpu_without_the_engine(parse, monkeypatch):
     assert "set SGLANG_USE_CPU_ENGINE=1" in message
 
 
+EVALUATIONS = [
+    ("hiza", "", "set it to hisa, random-heads, heaviest-heads"),
+    ("hisa", "--cuda-graph-backend-decode full", "add --disable-cuda-graph"),
+    ("hisa", "--cuda-graph-backend-prefill breakable", "add --disable-cuda-graph"),
+    ("random-heads", "--misa-rerank-candidates 512", "drop --misa-rerank-candidates"),
+    ("heaviest-heads", "--misa-min-context 512", "--misa-min-context"),
+]
+
+
+@pytest.mark.parametrize("name, flags, remedy", EVALUATIONS)
+def test_evaluation(parse, name, flags, remedy, monkeypatch):
+    monkeypatch.setenv(EVAL_SELECTION_ENV, name)
+    message = refusal(parse, flags)
+    assert f"{EVAL_SELECTION_ENV}" in message and remedy in message
+    monkeypatch.setenv(EVAL_SELECTION_ENV, "heaviest-heads")
+    parse("--misa-active-heads 4")
+    if name in SELECTIONS:
+        # Without an evaluation the same flags do.
+        monkeypatch.setenv(EVAL_SELECTION_ENV, "")
+        parse(flags)
+
+
+def test_evaluation_without_misa(model, monkeypatch):
+    from sglang_cpu_engine.launch import FLAGS
+
+    from sglang.srt.server_args import prepare_server_args
+
+    monkeypatch.setenv(EVAL_SELECTION_ENV, "hisa")
+    message = refusal(prepare_server_args, ["--model-path", model, *FLAGS])
+    assert f"{EVAL_SELECTION_ENV} is set" in message
+    assert "add --enable-misa" in message
+
+
 @pytest.fixture
 def on_gpu(parse, monkeypatch):
     """on_gpu(flags, path) -> the arguments as resolved on a machine with a GPU whose kernels run."""
@@ -226,7 +260,7 @@ def test_models_that_the_kernels_do_not_take(on_gpu, tiny_model, tmp_path):
 
 
 def test_every_refusal_is_tested():
-    remedies = [row[-1] for row in COMBINATIONS + SETTINGS]
+    remedies = [row[-1] for row in COMBINATIONS + SETTINGS + EVALUATIONS]
     remedies += ["ROCm", "set SGLANG_USE_CPU_ENGINE=1"]
     for refusal in module.REFUSALS:
         assert any(remedy in refusal.message for remedy in remedies), refusal

@@ -18,6 +18,7 @@ from sglang.srt.layers.misa.batch import (
 )
 from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV, Recorder, active_recorder
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.evaluation import EvaluationIndexer, eval_selection
 from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
 from sglang.srt.layers.misa.pooled_keys import BYTES_PER_TOKEN, PooledKeys
 from sglang.srt.layers.misa.selection import to_output
@@ -111,7 +112,11 @@ class _Call:
         output, offsets = attention_output(self.metadata)
         offsets = None if offsets is None else offsets[:rows]
         recorder = self.recorder
-        selection = MisaIndexer(config, topk, forced).select(
+        indexer = MisaIndexer(config, topk, forced)
+        if (name := eval_selection()) is not None:
+            heads = config.active_heads
+            indexer = EvaluationIndexer(name, heads, topk, forced, self.layer_id)
+        selection = indexer.select(
             # Rows behind those of the batch are padding.
             self.q[:rows],
             self.weights[:rows].squeeze(-1),

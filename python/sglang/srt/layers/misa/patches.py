@@ -16,6 +16,11 @@ import torch
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 from sglang.srt.layers.misa import hooks
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.evaluation import (
+    EVAL_SELECTION_ENV,
+    SELECTIONS,
+    eval_selection,
+)
 from sglang.srt.layers.misa.metrics import export
 from sglang.srt.layers.misa.server_args import MisaServerArgs
 from sglang.srt.plugins.hook_registry import HookType
@@ -120,12 +125,22 @@ def report(info: Dict[str, Any], scheduler: Any) -> Optional[Dict[str, Any]]:
     runner = scheduler.tp_worker.model_runner
     check_objects(runner.model, runner.token_to_kv_pool)
     pooled_keys_bytes = runner.token_to_kv_pool.misa_pooled_keys.nbytes
-    logger.info(
-        "MISA is on. %s, pooled keys: %.2f GB", config, pooled_keys_bytes / (1 << 30)
-    )
+    size = pooled_keys_bytes / (1 << 30)
+    evaluated = eval_selection()
+    if evaluated is None:
+        logger.info("MISA is on. %s, pooled keys: %.2f GB", config, size)
+    else:
+        logger.warning(
+            "MISA is NOT what selects: %s=%s, for evaluation only (%s). %s",
+            *(EVAL_SELECTION_ENV, evaluated, SELECTIONS[evaluated], config),
+        )
     if scheduler.metrics_collector is not None:
         export(config, pooled_keys_bytes, scheduler.metrics_collector.labels)
-    return {**info, "misa": {"pooled_keys_bytes": pooled_keys_bytes}}
+    return {
+        **info,
+        "misa": {"pooled_keys_bytes": pooled_keys_bytes},
+        "misa_eval_selection": evaluated,
+    }
 
 
 PATCHES = (

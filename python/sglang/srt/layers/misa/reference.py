@@ -163,21 +163,35 @@ def members(positions: torch.Tensor, tokens: int) -> torch.Tensor:
     return mask.scatter(1, columns, True)[:, :tokens]
 
 
-def hisa(
-    q, weights, k, k_scale, lengths, topk, *, block_size=128, top_blocks=64, **forced
+def hisa_pooled(k, k_scale, block_size=128) -> torch.Tensor:
+    """HISA's mean dequantized key of every block, the last one possibly partial -> float32 [M, 128]."""
+    keys = (k.double() * k_scale.double()[:, None]).split(block_size)
+    return torch.stack([block.mean(0) for block in keys]).float()
+
+
+def hisa_tokens(
+    q, weights, pooled, lengths, tokens, *, block_size=128, top_blocks=64
 ) -> torch.Tensor:
-    """HISA: all heads score the mean keys of blocks, then the tokens of the best blocks.
+    """The visible ones among the first `tokens` positions that lie in each query's best blocks -> bool [T, tokens].
 
     The first and the last visible block of a row are always among them, so only complete blocks compete.
     """
-    keys = (k.double() * k_scale.double()[:, None]).split(block_size)
-    pooled = torch.stack([block.mean(0) for block in keys]).float()
-    ones = torch.ones(len(pooled), device=k.device)
+    pooled = pooled[: -(-tokens // block_size)]
+    ones = torch.ones(len(pooled), device=pooled.device)
     block_lengths = (lengths + block_size - 1) // block_size
     scores = token_scores(q, weights, pooled, ones)
     scores = force(scores, block_lengths, init_tokens=1, local_tokens=1)
     blocks = top_positions(scores, visible(block_lengths, len(pooled)), top_blocks)
     allowed = members(blocks, len(pooled)).repeat_interleave(block_size, 1)
-    allowed = allowed[:, : len(k)] & visible(lengths, len(k))
+    return allowed[:, :tokens] & visible(lengths, tokens)
+
+
+def hisa(
+    q, weights, k, k_scale, lengths, topk, *, block_size=128, top_blocks=64, **forced
+) -> torch.Tensor:
+    """HISA: all heads score the mean keys of blocks, then the tokens of the best blocks."""
+    blocks = {"block_size": block_size, "top_blocks": top_blocks}
+    pooled = hisa_pooled(k, k_scale, block_size)
+    allowed = hisa_tokens(q, weights, pooled, lengths, len(k), **blocks)
     scores = force(token_scores(q, weights, k, k_scale), lengths, **forced)
     return top_positions(scores, allowed, topk)

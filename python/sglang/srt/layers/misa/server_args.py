@@ -8,6 +8,11 @@ from typing import Callable, NamedTuple
 from sglang.srt.arg_groups.arg_utils import NS, A
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import plugin
+from sglang.srt.layers.misa.evaluation import (
+    EVAL_SELECTION_ENV,
+    SELECTIONS,
+    eval_selection,
+)
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
 from sglang.srt.layers.misa.operations import (
     KERNEL_HEADS,
@@ -26,6 +31,7 @@ class MisaServerArgs(ServerArgs):
 
     Raises:
         ValueError: `enable_misa` is set and a value or a combination is not supported.
+        ValueError: SGLANG_MISA_EVAL_SELECTION is set and `enable_misa` is not.
         RuntimeError: `enable_misa` is set and a hook on SGLang did not engage.
     """
 
@@ -59,6 +65,10 @@ class MisaServerArgs(ServerArgs):
         super().__post_init__()
         if self.enable_misa:
             check_misa_server_args(self)
+        elif eval_selection() is not None:
+            raise ValueError(
+                f"{EVAL_SELECTION_ENV} is set without --enable-misa; add --enable-misa or unset it."
+            )
 
     def __setstate__(self, state):
         # Arguments reach a scheduler before it loads its plugins; from here on it must not do without this one.
@@ -134,7 +144,25 @@ REFUSALS = (
         lambda args: args.dsa_paged_mqa_logits_backend not in ("auto", "deepgemm"),
         "--enable-misa does its own scoring; drop --dsa-paged-mqa-logits-backend.",
     ),
+    Refusal(
+        lambda args: (eval_selection() or "hisa") not in SELECTIONS,
+        f"--enable-misa knows no such {EVAL_SELECTION_ENV}; set it to {', '.join(SELECTIONS)} or unset it.",
+    ),
+    Refusal(
+        lambda args: eval_selection() is not None and _has_cuda_graphs(args),
+        f"--enable-misa with {EVAL_SELECTION_ENV} waits for the device; add --disable-cuda-graph.",
+    ),
+    Refusal(
+        lambda args: eval_selection() is not None
+        and bool(args.misa_rerank_candidates or args.misa_min_context),
+        f"--enable-misa with {EVAL_SELECTION_ENV} has a single stage; drop --misa-rerank-candidates and --misa-min-context.",
+    ),
 )
+
+
+def _has_cuda_graphs(args: MisaServerArgs) -> bool:
+    graphs = args.cuda_graph_config
+    return any(x.backend != Backend.DISABLED for x in (graphs.decode, graphs.prefill))
 
 
 def check_misa_server_args(args: MisaServerArgs) -> None:
