@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Dict, List, Tuple
 
+from kept_answers import KeptAnswers
 from sglang_server import Server
 from tqdm import tqdm
 
@@ -134,15 +135,10 @@ def main() -> None:
         raise SystemExit(
             f"niah: --haystack {args.haystack} has {len(haystack)} tokens, fewer than --contexts {max(args.contexts)}"
         )
-    kept = args.output.with_suffix(".jsonl")
-    answers = (
-        [json.loads(x) for x in kept.read_text().splitlines()] if kept.exists() else []
-    )
+    kept = KeptAnswers(args.output)
     names = Trial.__dataclass_fields__
     done = {
-        Trial(**{name: answer[name] for name in names})
-        for answer in answers
-        if all(answer[k] == v for k, v in variant.items())
+        Trial(**{name: answer[name] for name in names}) for answer in kept.of(**variant)
     }
     trials = [
         Trial(context, depth, needles, number)
@@ -152,14 +148,11 @@ def main() -> None:
         for number in range(args.trials)
     ]
     left = [trial for trial in trials if trial not in done]
-    with kept.open("a") as file, ThreadPoolExecutor(args.parallel) as pool:
+    with ThreadPoolExecutor(args.parallel) as pool:
         asked = pool.map(lambda trial: (trial, ask(server, trial, haystack)), left)
         for trial, found in tqdm(asked, total=len(left), unit="trial"):
-            answer = variant | asdict(trial) | {"found": found}
-            answers.append(answer)
-            file.write(json.dumps(answer) + "\n")
-            file.flush()
-    args.output.write_text(json.dumps(summarize(answers), indent=1) + "\n")
+            kept.add(variant | asdict(trial) | {"found": found})
+    args.output.write_text(json.dumps(summarize(kept.answers), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ class Server:
         body = {"prompt": text, "add_special_tokens": False}
         return self.post("/tokenize", **body)["tokens"]
 
+    def special_tokens(self) -> List[int]:
+        """What the model's tokenizer puts before every text."""
+        return self.post("/tokenize", prompt="", add_special_tokens=True)["tokens"]
+
     def complete(self, tokens: List[int], new_tokens: int) -> str:
         answer = self.post(
             "/v1/completions",
