@@ -1,27 +1,38 @@
-"""How much of DSA's selection other selections find, on what a server's indexer was given:
+"""How much of DSA's selection other selections find, and of the attention, on what a server's layers were given:
 
     SGLANG_MISA_CAPTURE_DIR=capture python -m sglang.launch_server ... --disable-cuda-graph    # and send it prompts
     python benchmark/quality/recall.py capture --output recall.json
 
 The queries, keys and weights are those of the server, with or without --enable-misa; every selection is computed from them
-by its definition (`reference.py`), on the GPU if there is one. Of each prompt a spread of the rows that see more than
-`--topk` tokens is taken, in every layer.
+by its definition (`reference.py`), on the GPU if there is one. Of each prompt the same spread of rows that see more than
+`--topk` tokens is taken in every layer. Two metrics:
+
+    recall            the share of the tokens that DSA selects
+    attention_mass    the share of the attention, averaged over its heads, that dense attention would give the selected tokens
+
+The means are over layers and rows; ci95 is half the width of the interval over prompts, since the rows and layers of a prompt
+depend on each other and n counts prompts (null for one). `<output>_by_layer_and_position.json` has the same by `layer` and
+`position`: there a row sees at most that many tokens and more than half of them. A record without these two is of all.
 """
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
 from tqdm import tqdm
 
 from sglang.srt.layers.misa import reference
-from sglang.srt.layers.misa.capture import load_records
+from sglang.srt.layers.misa.capture import ATTENTION_STRIDE
+from sglang.srt.layers.misa.evaluation import heaviest_heads, random_heads
 
 ACTIVE_HEADS = (1, 2, 4, 8, 16, 32, 64)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048)
 RERANK_CANDIDATES = (4096, 8192, 16384)
+CONTROL_HEADS = 8
 
 
 class Rows(NamedTuple):
@@ -43,26 +54,23 @@ class Variant(NamedTuple):
     rerank_candidates: int = 0
 
 
-def selected_by(rows: Rows, estimates: torch.Tensor, count: int, topk: int):
-    """The selection -> int64 [T, topk] by the `count` heads of each query with the largest estimates, [T, H]."""
+class Observation(NamedTuple):
+    """One number, of one row."""
+
+    variant: Variant
+    context: int
+    metric: str
+    layer: int
+    position: int
+    prompt: str
+    value: float
+
+
+def selected_by(rows: Rows, heads: torch.Tensor, topk: int) -> torch.Tensor:
+    """The selection -> int64 [T, topk] by the scores of some heads of each query, int64 [T, h]."""
     q, weights, k, k_scale, lengths = rows
-    heads = reference.best_heads(estimates, count)
-    routed = reference.of_heads(q, weights, heads)
-    scores = reference.token_scores(*routed, k, k_scale)
-    return reference.top_positions(scores, reference.visible(lengths, len(k)), topk)
-
-
-def random_heads(rows: Rows, topk: int, count: int) -> torch.Tensor:
-    """A control: for every query other heads, by chance."""
-    rng = torch.Generator().manual_seed(0)
-    estimates = torch.rand(rows.weights.shape, generator=rng).to(rows.q.device)
-    return selected_by(rows, estimates, count, topk)
-
-
-def heaviest_heads(rows: Rows, topk: int, count: int) -> torch.Tensor:
-    """A control: the heads of the largest average weight, the same for all queries."""
-    average = rows.weights.abs().mean(0).expand_as(rows.weights)
-    return selected_by(rows, average, count, topk)
+    scored = reference.of_heads(q, weights, heads)
+    return reference.dsa(*scored, k, k_scale, lengths, topk)
 
 
 def future_means(rows: Rows, topk: int, count: int, block_size: int) -> torch.Tensor:
@@ -72,7 +80,7 @@ def future_means(rows: Rows, topk: int, count: int, block_size: int) -> torch.Te
     estimates = reference.head_estimates(
         rows.q, rows.weights, means, ends.clamp(max=len(rows.k)), block_size
     )
-    return selected_by(rows, estimates, count, topk)
+    return selected_by(rows, reference.best_heads(estimates, count), topk)
 
 
 def own_key(rows: Rows, topk: int, count: int) -> torch.Tensor:
@@ -80,14 +88,19 @@ def own_key(rows: Rows, topk: int, count: int) -> torch.Tensor:
     last = rows.lengths - 1
     keys = rows.k.float()[last] * rows.k_scale[last, None]
     dots = torch.einsum("thd,td->th", rows.q.float(), keys)
-    return selected_by(rows, (rows.weights * dots.relu()).abs(), count, topk)
+    estimates = (rows.weights * dots.relu()).abs()
+    return selected_by(rows, reference.best_heads(estimates, count), topk)
 
 
 def selections(
-    rows: Rows, topk: int
+    rows: Rows, topk: int, heaviest: torch.Tensor
 ) -> Iterator[Tuple[Variant, Callable[[], torch.Tensor]]]:
-    """Every selection that is measured, as a function that computes it -> int64 [T, topk], -1 padded."""
+    """Every selection that is measured, as a function that computes it -> int64 [T, topk], -1 padded.
+
+    `heaviest`, int64 [h], are the heads of the largest average weight in the layer, the same for all queries.
+    """
     total = rows.q.shape[1]
+    yield Variant("dsa"), lambda: reference.dsa(*rows, topk)
     means = reference.page_means(rows.k, rows.k_scale)
     for block in BLOCK_SIZES:
         # `reference.misa`, but what the router estimates is computed once for all numbers of heads.
@@ -97,7 +110,9 @@ def selections(
         for heads in sorted({min(heads, total) for heads in ACTIVE_HEADS}):
             yield (
                 Variant("misa", heads, block),
-                lambda e=estimates, h=heads: selected_by(rows, e, h, topk),
+                lambda e=estimates, h=heads: selected_by(
+                    rows, reference.best_heads(e, h), topk
+                ),
             )
     for candidates in RERANK_CANDIDATES:
         numbers = {"active_heads": 8, "block_size": 1024}
@@ -106,24 +121,61 @@ def selections(
             Variant("misa-hierarchical", **numbers),
             lambda numbers=numbers: reference.misa(*rows, topk, **numbers),
         )
-    yield Variant("hisa", total, 128), lambda: reference.hisa(*rows, topk)
-    yield Variant("random-heads", 8), lambda: random_heads(rows, topk, 8)
-    yield Variant("heaviest-heads", 8), lambda: heaviest_heads(rows, topk, 8)
+    yield Variant("hisa", 0, 128), lambda: reference.hisa(*rows, topk)
+    for name, heads in (
+        ("random-heads", random_heads(rows.lengths, total, CONTROL_HEADS)),
+        ("heaviest-heads", heaviest.expand(len(rows.q), -1)),
+    ):
+        yield (
+            Variant(name, heads.shape[1]),
+            lambda heads=heads: selected_by(rows, heads, topk),
+        )
     yield Variant("future-means", 8, 1024), lambda: future_means(rows, topk, 8, 1024)
     yield Variant("own-key", 8), lambda: own_key(rows, topk, 8)
 
 
-def recall(selected: torch.Tensor, wanted: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The share of the positions `wanted` that are `selected`: float32 [T] of two int64 [T, k], -1 padded."""
-    found, all_of = (reference.members(x, tokens) for x in (selected, wanted))
-    return (found & all_of).sum(1) / all_of.sum(1)
+def dense_attention(record: Dict, lengths: torch.Tensor) -> torch.Tensor:
+    """What dense attention gives each token, averaged over the heads -> float32 [T, S], rows that sum to 1.
+
+    Args:
+        record: an attention record of `capture.Recorder`, of T rows.
+        lengths: int64 [T], the rows to take from it.
+    """
+    device = lengths.device
+    rows = torch.searchsorted(record["lengths"].to(device), lengths)
+    q, k = (x.to(device).float() for x in (record["q"], record["k"]))
+    hidden = ~reference.visible(lengths, len(k))
+    total = torch.zeros(len(lengths), len(k), device=device)
+    for head in range(q.shape[1]):
+        logits = q[rows, head] @ k.T * record["scaling"]
+        total += logits.masked_fill_(hidden, float("-inf")).softmax(1)
+    return total / q.shape[1]
 
 
-def some_rows(record: Dict, topk: int, count: int, device: str) -> Rows:
-    """At most `count` of the rows of a record that see more than `topk` tokens, evenly spread; there may be none."""
-    chosen = (record["lengths"] > topk).nonzero()[:, 0]
-    spread = torch.linspace(0, len(chosen) - 1, min(len(chosen), count)).long()
-    chosen = chosen[spread]
+def recall(selected: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The share of the positions `wanted` that are `selected`: float32 [T] of two sets of positions, bool [T, S]."""
+    return (selected & wanted).sum(1) / wanted.sum(1)
+
+
+def attention_mass(selected: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """What of the `attention`, float32 [T, S], is on the positions `selected`, bool [T, S or more] -> float32 [T]."""
+    return (attention * selected[:, : attention.shape[1]]).sum(1)
+
+
+def spread_lengths(longest: int, topk: int, count: int) -> torch.Tensor:
+    """The lengths, int64, of at most `count` rows that see more than `topk` tokens, evenly spread; there may be none.
+
+    They are multiples of ATTENTION_STRIDE: those rows whose attention is recorded.
+    """
+    first, end = topk // ATTENTION_STRIDE + 1, longest // ATTENTION_STRIDE + 1
+    all_of = torch.arange(first, max(first, end)) * ATTENTION_STRIDE
+    chosen = torch.linspace(0, len(all_of) - 1, min(len(all_of), count))
+    return all_of[chosen.round().long()]
+
+
+def some_rows(record: Dict, wanted: torch.Tensor, device: str) -> Rows:
+    """The rows of a record that see as many tokens as are `wanted`, int64 [N]; there may be none."""
+    chosen = torch.isin(record["lengths"], wanted).nonzero()[:, 0]
     rows = Rows(
         record["q"][chosen],
         record["weights"][chosen],
@@ -134,32 +186,61 @@ def some_rows(record: Dict, topk: int, count: int, device: str) -> Rows:
     return Rows(*(x.to(device) for x in rows))
 
 
-def summarize(variant: Variant, context: int, values: List[torch.Tensor]) -> Dict:
-    """One record of the result: the mean over layers and rows, and half the width of its 95% confidence interval."""
-    values = torch.cat(values).double()
-    return {
-        **variant._asdict(),
-        "context": context,
-        "metric": "recall",
-        "value": values.mean().item(),
-        "ci95": 1.96 * values.std().item() / len(values) ** 0.5,
-        "n": len(values),
-    }
-
-
-def measure(records: List[Dict], topk: int, count: int, device: str) -> List[Dict]:
-    """Recall by variant and context: the tokens of the longest row of a prompt, in whole thousands of 1024."""
-    found: Dict[Tuple[Variant, int], List[torch.Tensor]] = {}
-    for record in tqdm(records, unit="record"):
-        rows = some_rows(record, topk, count, device)
-        if len(rows.q) < 2:
+def observe(capture: Path, topk: int, count: int, device: str) -> Iterator[Observation]:
+    """Everything that is measured of the prompts in a capture; `context` is a prompt's length in whole thousands of 1024."""
+    paths = sorted(capture.glob("*.pt"))
+    longest: Dict[str, int] = defaultdict(int)
+    for path in paths:
+        record = torch.load(path, mmap=True)
+        longest[record["rid"]] = max(longest[record["rid"]], len(record["k"]))
+    heaviest: Dict[int, torch.Tensor] = {}
+    for path in tqdm(paths, unit="record"):
+        record = torch.load(path, mmap=True)
+        layer, prompt = record["layer_id"], record["rid"]
+        if layer not in heaviest:
+            heaviest[layer] = heaviest_heads(record["weights"], CONTROL_HEADS)
+        wanted = spread_lengths(longest[prompt], topk, count)
+        rows = some_rows(record, wanted, device)
+        if not len(rows.q):
             continue
-        context = round(len(rows.k) / 1024) * 1024
-        wanted = reference.dsa(*rows, topk)
-        for variant, select in selections(rows, topk):
-            share = recall(select(), wanted, len(rows.k)).cpu()
-            found.setdefault((variant, context), []).append(share)
-    return [summarize(*key, values) for key, values in found.items()]
+        tokens, attention = len(rows.k), None
+        if (beside := path.with_suffix(".attention")).exists():
+            attention = dense_attention(torch.load(beside), rows.lengths)
+        all_of = reference.members(reference.dsa(*rows, topk), tokens)
+        context = round(longest[prompt] / 1024) * 1024
+        positions = [1 << (n - 1).bit_length() for n in rows.lengths.tolist()]
+        for variant, select in selections(rows, topk, heaviest[layer].to(device)):
+            selected = reference.members(select(), tokens)
+            values = {"recall": recall(selected, all_of)}
+            if attention is not None:
+                values["attention_mass"] = attention_mass(selected, attention)
+            for metric, shares in values.items():
+                for position, share in zip(positions, shares.tolist()):
+                    at = variant, context, metric, layer, position
+                    yield Observation(*at, prompt, share)
+
+
+def summarize(observations: List[Observation], by: Tuple[str, ...] = ()) -> List[Dict]:
+    """Records of the result: the mean by variant, context and metric, and `by` these fields of an observation."""
+    groups: Dict[Tuple, Dict[str, List[float]]] = {}
+    for o in observations:
+        key = o.variant, o.context, o.metric, *(getattr(o, name) for name in by)
+        groups.setdefault(key, {}).setdefault(o.prompt, []).append(o.value)
+    results = []
+    for (variant, context, metric, *place), prompts in groups.items():
+        means, n = [mean(values) for values in prompts.values()], len(prompts)
+        results.append(
+            {
+                **variant._asdict(),
+                "context": context,
+                "metric": metric,
+                **dict(zip(by, place)),
+                "value": mean(means),
+                "ci95": 1.96 * stdev(means) / n**0.5 if n > 1 else None,
+                "n": n,
+            }
+        )
+    return results
 
 
 def main() -> None:
@@ -173,16 +254,21 @@ def main() -> None:
     add("--rows", type=int, default=64, help="rows of a prompt and layer, at most")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = measure(load_records(args.capture), args.topk, args.rows, device)
-    if not results:
+    observations = list(observe(args.capture, args.topk, args.rows, device))
+    if not observations:
         parser.error(
             f"{args.capture} holds no rows that see more than {args.topk} tokens"
         )
+    results = summarize(observations)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
+    cells = args.output.with_name(f"{args.output.stem}_by_layer_and_position.json")
+    by_place = summarize(observations, ("layer", "position"))
+    cells.write_text(json.dumps(by_place, indent=1) + "\n")
     for result in results:
+        error = "" if result["ci95"] is None else f" +- {result['ci95']:.4f}"
         print(
             "{variant:18} h {active_heads:2}  B {block_size:4}  m {rerank_candidates:5}  context {context:6}  "
-            "recall {value:.4f} +- {ci95:.4f}".format(**result)
+            "{metric:14} {value:.4f}".format(**result) + error
         )
 
 

@@ -1,6 +1,7 @@
 """Recording what the indexer was given and what it chose, for tests and for measuring recall.
 
-With SGLANG_MISA_CAPTURE_DIR set, every call of the indexer, MISA's or SGLang's own, leaves one file a sequence.
+With SGLANG_MISA_CAPTURE_DIR set, every call of the indexer, MISA's or SGLang's own, leaves one file a sequence. Beside those of
+a prefill there is another one, with the attention's own queries of some rows and the keys that they might attend to.
 Calls under a CUDA graph leave nothing, those of a prefill graph included: add --disable-cuda-graph to record on a GPU.
 """
 
@@ -9,13 +10,16 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE, read_pages
 
 CAPTURE_DIR_ENV = "SGLANG_MISA_CAPTURE_DIR"
+
+# Attention is recorded of the rows that see a multiple of this many tokens: a prime, so that they end anywhere in a page.
+ATTENTION_STRIDE = 61
 
 
 class Recorder:
@@ -25,6 +29,8 @@ class Recorder:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.count = itertools.count()
+        # The last record of each layer and request, and the tokens of its longest row.
+        self.latest: Dict[Tuple[int, str], Tuple[int, Path]] = {}
 
     def record(
         self,
@@ -61,11 +67,54 @@ class Recorder:
             "heads": heads,
             "positions": positions,
         }
+        path = self.directory / f"{os.getpid()}-{next(self.count):08d}.pt"
+        self.latest[layer_id, rid] = tokens, path
+        self._save(record, path)
+
+    def record_attention(
+        self,
+        *,
+        layer_id: int,
+        rid: str,
+        q: torch.Tensor,
+        lengths: torch.Tensor,
+        latent: torch.Tensor,
+        page_table: torch.Tensor,
+        scaling: float,
+    ) -> None:
+        """Save what decides the attention of some rows of a sequence, beside the record of those rows if there is one.
+
+        Args:
+            q: [T, heads, D], the absorbed queries of the rows, D the width of the latent cache.
+            lengths: int [T], tokens visible to each row.
+            latent: [slots, 1, D], the layer's latent cache, as wide as the queries.
+            page_table: int32 [P], the pages of the sequence.
+            scaling: of the dot products.
+
+        The record holds q and lengths of every row that sees a multiple of ATTENTION_STRIDE tokens, the keys `k`, [S, D], and
+        `scaling`.
+        """
+        tokens, path = self.latest.get((layer_id, rid), (0, None))
+        rows = (lengths % ATTENTION_STRIDE == 0).nonzero()[:, 0]
+        # Where the indexer did not have to select, there is no record of these rows.
+        if tokens != int(lengths.max()) or not len(rows):
+            return
+        tokens = int(lengths[rows].max())
+        pages = page_table[: -(-tokens // PAGE_SIZE)].long()
+        keys = latent.view(-1, PAGE_SIZE, latent.shape[-1])[pages].flatten(0, 1)
+        record = {
+            "q": q[rows],
+            "lengths": lengths[rows].long(),
+            "k": keys[:tokens],
+            "scaling": scaling,
+        }
+        self._save(record, path.with_suffix(".attention"))
+
+    def _save(self, record: Dict, path: Path) -> None:
         record = {
             name: value.cpu().clone() if isinstance(value, torch.Tensor) else value
             for name, value in record.items()
         }
-        path = self.directory / f"{os.getpid()}-{next(self.count):08d}.pt"
         # The name appears when the file is whole, so that a reader may look while the server runs.
         torch.save(record, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)

@@ -198,6 +198,37 @@ class _Call:
                 )
 
 
+def record_attention(
+    _, backend, q, k, v, layer, forward_batch, *args, q_rope=None, **kwargs
+) -> None:
+    """After `DeepseekSparseAttnBackend.forward_extend`: record what the attention was given.
+
+    Nothing is recorded of dense attention, nor where the kernel rotates q itself or the latent cache is quantized.
+    """
+    recorder = active_recorder()
+    if recorder is None or q_rope is None or forward_batch.rids is None:
+        return
+    if kwargs.get("cos_sin_cache") is not None:
+        return
+    latent = get_token_to_kv_pool().get_key_buffer(layer.layer_id)
+    if latent.dtype != q.dtype:
+        return
+    heads, width = layer.tp_q_head_num, layer.v_head_dim
+    parts = q.view(-1, heads, width), q_rope.view(-1, heads, layer.head_dim - width)
+    q = torch.cat(parts, dim=-1)
+    batch = extend_batch(backend.get_indexer_metadata(layer.layer_id, forward_batch))
+    for index, rows in batch.sequences():
+        recorder.record_attention(
+            layer_id=layer.layer_id,
+            rid=forward_batch.rids[index],
+            q=q[rows],
+            lengths=batch.lengths[rows],
+            latent=latent,
+            page_table=batch.page_table[index],
+            scaling=layer.scaling,
+        )
+
+
 # Pooled keys
 
 

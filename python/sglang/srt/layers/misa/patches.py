@@ -205,6 +205,12 @@ PATCHES = (
         "counts them where the pool is sized",
     ),
     Patch(
+        "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend.forward_extend",
+        HookType.AFTER,
+        hooks.record_attention,
+        "records the attention that selections are measured by, with SGLANG_MISA_CAPTURE_DIR",
+    ),
+    Patch(
         "sglang.srt.managers.scheduler.Scheduler.get_init_info",
         HookType.AFTER,
         report,
