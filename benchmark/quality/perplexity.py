@@ -133,9 +133,10 @@ def main() -> None:
     results = summarize(kept.answers)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
     for result in results:
+        error = "" if result["ci95"] is None else f" +- {result['ci95']:.4f}"
         print(
             "{variant:18} h {active_heads:2}  B {block_size:4}  m {rerank_candidates:5}  context {context:6}  "
-            "{metric:16} {value:.4f} +- {ci95} ({n} windows)".format(**result)
+            "{metric:16} {value:.4f}".format(**result) + error
         )
 
 

@@ -174,7 +174,7 @@ def test_a_server(tiny_model, tmp_path):
         tmp_path,
         *misa_args(MisaConfig(active_heads=4)),
         *("--chunked-prefill-size", "512"),
-        env={EVAL_SELECTION_ENV: "random-heads"},
+        env={EVAL_SELECTION_ENV: "heaviest-heads"},
     ) as server:
         command = [sys.executable, BENCHMARK / "perplexity.py", "--url", server.url]
         command += ["--text", ROOT / "LICENSE", "--output", output]
@@ -191,5 +191,12 @@ def test_a_server(tiny_model, tmp_path):
             nlls.append(-mean(row[0] for row in rows))
     (result,) = json.loads(output.read_text())
     assert result["value"] == pytest.approx(math.exp(mean(nlls)), rel=1e-3)
-    assert (result["variant"], result["active_heads"]) == ("random-heads", 4)
+    assert (result["variant"], result["active_heads"]) == ("heaviest-heads", 4)
     assert max(record["lengths"].max() for record in records) >= context
+    # The server did select so: by the same heads throughout a layer, and not by those of another.
+    chosen = [
+        torch.cat([r["heads"] for r in records if r["layer_id"] == layer]).unique(dim=0)
+        for layer in range(2)
+    ]
+    assert chosen[0].shape == chosen[1].shape == (1, 4)
+    assert not torch.equal(*chosen)
