@@ -48,13 +48,6 @@ __device__ __forceinline__ void add_pair(double* sums, unsigned pair) {
   sums[1] = fma(__hiloint2double((int)pair >> 3 & 0x8fffe000, 0), 0x1p896, sums[1]);
 }
 
-// A number from shared memory, behind a barrier of the warp: loads that come before have begun when it is there. Left alone,
-// the compiler begins half of a group of loads, and the others when those have come and were added; __syncwarp does not help.
-__device__ __forceinline__ int after_loads(const int* number) {
-  asm volatile("bar.sync %0, 32;" ::"r"(1 + threadIdx.x / 32) : "memory");
-  return *number;
-}
-
 __device__ __forceinline__ uint4 load(const uint4* from) {
   uint4 value;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -81,7 +74,9 @@ __device__ __forceinline__ uint4 pool_block(const uint4* page_means, const int* 
       const int page = __shfl_sync(0xffffffffu, id, min(i, last), 16);
       means[i] = load(page_means + (long long)(count > 0 ? page : 0) * 16 + lane);
     }
-    const int left = after_loads(noted) - begin;
+    // Read here, behind a barrier, for the loads to have begun by then: else the compiler adds what it has loaded first.
+    __syncwarp();
+    const int left = *noted - begin;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const bool counts = i < left;

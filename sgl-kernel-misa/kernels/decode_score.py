@@ -87,7 +87,7 @@ def get_decode_score_kernel(heads: int):
             # A segment is announced, its queries are there, its place is free.
             announced = T.alloc_barrier([32] * depth)
             ready = T.alloc_barrier([32] * depth)
-            free = T.alloc_barrier([4] * depth)
+            free = T.alloc_barrier([128] * depth)
             acc = T.alloc_fragment((64, columns), T.float32)
             gate = T.alloc_local((heads,), T.float32)
             scale = T.alloc_local((2,), T.float32)
@@ -260,8 +260,8 @@ def get_decode_score_kernel(heads: int):
                     T.sync_warp()
                     if lane == 0:
                         T.mbarrier_arrive(empty[i % STAGES])
-                        if note[2] == 0:
-                            T.mbarrier_arrive(free[now % depth])
+                    if note[2] == 0:
+                        T.mbarrier_arrive(free[now % depth])
                     T.call_extern(
                         "handle",
                         f"misa::sum_heads<{heads}, 1>",
