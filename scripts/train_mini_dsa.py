@@ -48,12 +48,12 @@ class Phase:
 
 # The length grows once retrieval works at the one before.
 PHASES = (
-    Phase("dense 2K", "dense", 2048, 64, 0.18, 2e-3),
-    Phase("dense 8K", "dense", 8192, 16, 0.14, 1e-3),
+    Phase("dense 2K", "dense", 2048, 64, 0.21, 2e-3),
+    Phase("dense 8K", "dense", 8192, 16, 0.13, 1e-3),
     Phase("dense 32K", "dense", 32768, 4, 0.2, 7e-4),
-    Phase("warm-up 8K", "warm-up", 8192, 4, 0.14, 1e-3),
+    Phase("warm-up 8K", "warm-up", 8192, 4, 0.13, 1e-3),
     Phase("warm-up 32K", "warm-up", 32768, 1, 0.14, 5e-4),
-    Phase("sparse 32K", "sparse", 32768, 1, 0.2, 3e-4),
+    Phase("sparse 32K", "sparse", 32768, 1, 0.19, 3e-4),
 )
 ANSWER_WEIGHT = 4.0  # of a byte of an answer; of any other, 1
 STEPS_TO_LR = 100
