@@ -1,4 +1,4 @@
-"""A MISA server on a tiny random DeepSeek-V3.2, asked two questions about one long text. Run by scripts/demo.sh."""
+"""A MISA server on mini-DSA, asked for two numbers that a long text hides. Run by scripts/demo.sh."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Dict, List
 
 import requests
@@ -15,113 +16,132 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "test" / "misa"))
 
 from server import Server
-from tiny_model import write_tiny_model
 
 from sglang.srt.layers.misa import reference
 
-QUESTIONS = (
-    "\n\nQuestion: What does this text say about patents?\nAnswer:",
-    "\n\nQuestion: Who may use the Work, and for what?\nAnswer:",
+# What is told, how deep in the text, and what is asked for at its end.
+NEEDLES = (
+    ("bakodi", "7391642", 0.2),
+    ("serupa", "2085517", 0.6),
 )
+TELL = "\nThe magic number of {} is {}.\n"
+ASK = "\nWhat is the magic number of {0}? The magic number of {0} is"
 
 
-def ask(server: Server, prompt: str, new_tokens: int = 16) -> Dict:
-    """Stream an answer; returns its text, its seconds to the first token and what SGLang says of it."""
+def haystack(characters: int) -> str:
+    """The beginning of Python's own documentation, as pydoc has it, with the needles in it."""
+    text, done = "".join(topics.values())[:characters], 0
+    parts = []
+    for key, number, depth in NEEDLES:
+        place = int(depth * len(text))
+        parts += [text[done:place], TELL.format(key, number)]
+        done = place
+    return "".join([*parts, text[done:]])
+
+
+def ask(server: Server, prompt: str) -> Dict:
+    """Stream a completion; returns its text, the seconds to the first token and the usage that the server states."""
     start = time.perf_counter()
     response = requests.post(
-        server.url + "/generate",
+        server.url + "/v1/completions",
         json={
-            "text": prompt,
+            "model": "default",
+            "prompt": prompt,
+            "max_tokens": 9,
+            "temperature": 0,
             "stream": True,
-            "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens},
+            "stream_options": {"include_usage": True},
         },
         stream=True,
-        timeout=600,
+        timeout=1800,
     )
     response.raise_for_status()
-    events = (line for line in response.iter_lines() if line.startswith(b"data: {"))
-    answer = json.loads(next(events)[len(b"data: ") :])
-    seconds = time.perf_counter() - start
-    for event in events:
-        answer = json.loads(event[len(b"data: ") :])
-    return {"seconds": seconds, **answer}
+    answer = {"text": "", "seconds": None, "usage": None}
+    for line in response.iter_lines():
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[len(b"data: ") :])
+        if answer["seconds"] is None:
+            answer["seconds"] = time.perf_counter() - start
+        answer["text"] += "".join(choice["text"] for choice in event["choices"])
+        answer["usage"] = event.get("usage") or answer["usage"]
+    return answer
 
 
 def overlap(records: List[Dict], topk: int, rows: int = 32) -> float:
-    """The share of DSA's selection that MISA selects too, for the last `rows` queries of the prompt."""
+    """The share of DSA's selection that was selected, over the last `rows` queries of the prompt."""
     record = [record for record in records if len(record["q"]) > 1][-1]
     q, weights, lengths, positions = (
         record[name][-rows:] for name in ("q", "weights", "lengths", "positions")
     )
     dsa = reference.dsa(q, weights, record["k"], record["k_scale"], lengths, topk)
-    shares = [
-        len(set(ours) & set(theirs)) / topk
-        for ours, theirs in zip(positions.tolist(), dsa.tolist())
-    ]
-    return sum(shares) / len(shares)
+    found = reference.members(positions.long(), len(record["k"]))
+    wanted = reference.members(dsa, len(record["k"]))
+    return ((found & wanted).sum() / wanted.sum()).item()
 
 
-def report(answer: Dict, records: List[Dict], topk: int) -> None:
-    meta = answer["meta_info"]
-    print(
-        f"  prompt tokens        {meta['prompt_tokens']}, {meta['cached_tokens']} of them cached"
-    )
+def report(answer: Dict, number: str, records: List[Dict], topk: int) -> bool:
+    """Print what came of a question; whether it was answered."""
+    usage, right = answer["usage"], answer["text"].strip().startswith(number)
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    print(f"  answer               {answer['text'].strip()}")
+    print(f"  that was told        {number}: {'found' if right else 'NOT FOUND'}")
+    print(f"  prompt tokens        {usage['prompt_tokens']}, {cached} of them cached")
     print(f"  time to first token  {answer['seconds']:.2f} s (recording the indexer)")
-    print(f"  answer               {answer['text']!r}")
-    print("  layer  active heads of the last query     heads used  overlap with DSA")
+    print("  layer  active heads of the last query     overlap with DSA")
     for layer in sorted({record["layer_id"] for record in records}):
         own = [record for record in records if record["layer_id"] == layer]
-        used = {head for record in own for head in record["heads"].unique().tolist()}
-        heads = " ".join(f"{head:2}" for head in own[-1]["heads"][-1].tolist())
-        total = own[0]["q"].shape[1]
-        print(
-            f"  {layer:5}  {heads:33}  {len(used):2} of {total}    {overlap(own, topk):.1%}"
+        active = own[-1]["heads"]
+        heads = (
+            f"all {own[-1]['q'].shape[1]}"
+            if active is None
+            else " ".join(f"{head:2}" for head in active[-1].tolist())
         )
+        print(f"  {layer:5}  {heads:33}  {overlap(own, topk):.1%}")
+    return right
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--text",
+    add = parser.add_argument
+    add(
+        "--model",
         type=Path,
-        default=ROOT / "LICENSE",
-        help="a text of at least 8,000 bytes: a byte is a token",
+        default=ROOT / "scripts" / "mini_dsa" / "checkpoint",
+        help="the checkpoint of a model whose tokens are bytes",
     )
-    parser.add_argument("--index-topk", type=int, default=2048)
-    parser.add_argument(
+    add("--characters", type=int, default=10_000, help="length of the text")
+    add(
         "server_args",
         nargs="*",
-        default=["--enable-misa", "--disable-cuda-graph"],
-        help="SGLang's arguments, after --",
+        default=["--enable-misa"],
+        help="SGLang's arguments, after --; without --enable-misa DSA answers",
     )
     args = parser.parse_args()
-    text = args.text.read_text()
+    topk = json.loads((args.model / "config.json").read_text())["index_topk"]
+    text = haystack(args.characters)
+    # What the indexer does is recorded outside of CUDA graphs, and as positions.
+    server_args = [*args.server_args, "--disable-cuda-graph", "--enable-cache-report"]
+    env = {
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+        "SGLANG_DSA_FUSE_TOPK": "false",
+    }
+    print(f"Starting: sglang.launch_server {' '.join(server_args)} ...", flush=True)
+    start, right = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as directory:
-        print(
-            "Writing a tiny DeepSeek-V3.2 with random weights: its answers are noise, and its heads agree on nothing.",
-            flush=True,
-        )
-        model = Path(directory) / "model"
-        write_tiny_model(model, index_topk=args.index_topk)
-        print(
-            f"Starting: sglang.launch_server {' '.join(args.server_args)} ...",
-            flush=True,
-        )
-        start = time.perf_counter()
-        env = {"OMP_NUM_THREADS": str(os.cpu_count())}
-        with Server(model, Path(directory), *args.server_args, env=env) as server:
-            print(
-                f"The server is up after {time.perf_counter() - start:.0f} s.",
-                flush=True,
-            )
-            for question in QUESTIONS:
-                server.forget()
-                answer = ask(server, text + question)
+        with Server(args.model, Path(directory), *server_args, env=env) as server:
+            print(f"The server is up after {time.perf_counter() - start:.0f} s.")
+            for key, number, depth in NEEDLES:
                 print(
-                    f"\n{args.text.name} ({len(text)} characters), then: {question.strip()!r}"
+                    f"\nPython's documentation, {len(text)} characters of it, and {depth:.0%} of the way in: "
+                    f"{TELL.format(key, number).strip()!r}. Then: {ASK.format(key).strip()!r}",
+                    flush=True,
                 )
-                report(answer, server.records(), args.index_topk)
+                server.forget()
+                answer = ask(server, text + ASK.format(key))
+                right.append(report(answer, number, server.records(), topk))
+    return 0 if all(right) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

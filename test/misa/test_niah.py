@@ -9,16 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parents[2]
-BENCHMARK = ROOT / "benchmark" / "quality"
+BENCHMARK = Path(__file__).parents[2] / "benchmark" / "quality"
 sys.path.insert(0, str(BENCHMARK))
 
 from niah import NEEDLE, QUESTION, Trial, make_needles, make_prompts, summarize
-from server import Server, misa_args
-
-from sglang.srt.layers.misa.config import MisaConfig
 
 HAY = "Nothing is said of numbers here. " * 400
 
@@ -149,28 +144,3 @@ def test_command(finder, tmp_path):
     (tmp_path / "hay.txt").write_text(HAY[:1500])
     failed = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     assert failed.returncode and "fewer than --contexts 2048" in failed.stderr
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="its index_topk is the CPU engine's alone"
-)
-def test_a_server_with_misa(tiny_model, tmp_path):
-    """SGLang's own API: the right variant is noted, every question is answered; random weights find nothing."""
-    config = MisaConfig(active_heads=4, block_size=256)
-    output, hay = tmp_path / "niah.json", ROOT / "LICENSE"
-    with Server(
-        tiny_model("deepseek_v32", 2, 256), tmp_path, *misa_args(config)
-    ) as server:
-        command = [sys.executable, BENCHMARK / "niah.py", "--url", server.url]
-        command += ["--haystack", hay, "--output", output]
-        command += "--contexts 1024 --depths 50 --needles 1 2 --trials 1".split()
-        subprocess.run(command, check=True)
-        records = server.records()
-    results = json.loads(output.read_text())
-    assert [(r["needles"], r["n"], r["value"]) for r in results] == [
-        (1, 1, 0),
-        (2, 2, 0),
-    ]
-    named = {"variant": "misa", "active_heads": 4, "block_size": 256}
-    assert all(r | named | {"rerank_candidates": 0} == r for r in results)
-    assert max(record["lengths"].max() for record in records) >= 1024

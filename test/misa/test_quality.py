@@ -1,0 +1,93 @@
+"""With trained weights: mini-DSA finds what a long text has told it, through a server, and MISA selects much like DSA.
+
+The reduced version of what `docs/quality.md` reports. Prompts are as long as a CPU allows for: beyond the 2048 tokens that are
+selected, so that a selection which loses the needle loses the answer.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from server import Server, misa_args
+
+from sglang.srt.layers.misa import reference
+from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.evaluation import random_heads
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "scripts" / "mini_dsa" / "checkpoint"
+CONTEXTS = (2560, 4096)
+DEPTHS = (10, 60)
+TOPK = 2048
+MISA = MisaConfig()
+
+
+def recall(positions: torch.Tensor, record: dict) -> float:
+    """The share of DSA's selection for some rows of a record that is among `positions`, int [rows, topk]."""
+    rows = slice(-len(positions), None)
+    q, weights, lengths = (record[name][rows] for name in ("q", "weights", "lengths"))
+    keys = record["k"], record["k_scale"]
+    wanted = reference.dsa(q, weights, *keys, lengths, TOPK)
+    tokens = len(record["k"])
+    found = reference.members(positions.long(), tokens)
+    wanted = reference.members(wanted, tokens)
+    return ((found & wanted).sum() / wanted.sum()).item()
+
+
+@pytest.mark.parametrize(
+    "variant, args",
+    [
+        pytest.param({"variant": "dsa", "active_heads": 0}, (), id="dsa"),
+        pytest.param(
+            {"variant": "misa", "active_heads": 8, "block_size": 1024},
+            misa_args(MISA),
+            id="misa",
+        ),
+    ],
+)
+def test_needles_are_found(variant, args, tmp_path):
+    (tmp_path / "hay.txt").write_text("".join(topics.values()))
+    output = tmp_path / "niah.json"
+    # A record holds positions.
+    env = {"SGLANG_DSA_FUSE_TOPK": "false"}
+    args = (*args, "--disable-cuda-graph")
+    with Server(CHECKPOINT, tmp_path, *args, env=env) as server:
+        command = [sys.executable, ROOT / "benchmark" / "quality" / "niah.py"]
+        command += ["--url", server.url, "--haystack", tmp_path / "hay.txt"]
+        command += ["--output", output, "--needles", "2", "--trials", "1"]
+        command += ["--parallel", "1", "--contexts", *map(str, CONTEXTS)]
+        subprocess.run([*command, "--depths", *map(str, DEPTHS)], check=True)
+        records = server.records()
+    results = json.loads(output.read_text())
+    expected = variant | {"metric": "niah", "value": 1, "n": 2}
+    for result in results:
+        assert result | expected == result
+    cells = {(result["context"], result["depth"]) for result in results}
+    assert cells == set(itertools.product(CONTEXTS, DEPTHS))
+
+    # The last rows of the longest prompt, in the last layer.
+    *_, record = (
+        record
+        for record in records
+        if record["layer_id"] == 3 and len(record["k"]) >= CONTEXTS[-1] - 1
+        if len(record["q"]) > 1
+    )
+    rows = slice(-16, None)
+    share = recall(record["positions"][rows], record)
+    q, weights, lengths = (record[name][rows] for name in ("q", "weights", "lengths"))
+    heads = random_heads(lengths, q.shape[1], MISA.active_heads)
+    by_chance = reference.dsa(
+        *reference.of_heads(q, weights, heads),
+        *(record["k"], record["k_scale"], lengths, TOPK),
+    )
+    control = recall(by_chance, record)
+    print(f"recall {share:.3f}, of heads by chance {control:.3f}")
+    if variant["variant"] == "dsa":
+        assert share > 0.999
+    else:
+        assert share > 0.85 and share > control + 0.05
