@@ -110,18 +110,15 @@ def main() -> int:
         default=ROOT / "scripts" / "mini_dsa" / "checkpoint",
         help="the checkpoint of a model whose tokens are bytes",
     )
-    add("--characters", type=int, default=10_000, help="length of the text")
-    add(
-        "server_args",
-        nargs="*",
-        default=["--enable-misa"],
-        help="SGLang's arguments, after --; without --enable-misa DSA answers",
-    )
+    add("--characters", type=int, default=8000, help="length of the text")
+    add("--dsa", action="store_true", help="ask DSA, without --enable-misa")
+    add("server_args", nargs="*", help="further arguments of SGLang, after --")
     args = parser.parse_args()
     topk = json.loads((args.model / "config.json").read_text())["index_topk"]
     text = haystack(args.characters)
     # What the indexer does is recorded outside of CUDA graphs, and as positions.
-    server_args = [*args.server_args, "--disable-cuda-graph", "--enable-cache-report"]
+    server_args = [] if args.dsa else ["--enable-misa"]
+    server_args += ["--disable-cuda-graph", "--enable-cache-report", *args.server_args]
     env = {
         "OMP_NUM_THREADS": str(os.cpu_count()),
         "SGLANG_DSA_FUSE_TOPK": "false",
