@@ -1,6 +1,7 @@
 """Heat maps of a needle-in-a-haystack result: python benchmark/quality/plot_niah.py niah.json niah.png"""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -11,11 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def title(key) -> str:
-    variant, heads, block, candidates, needles = key
-    numbers = [f"h = {heads}, B = {block}"] if heads else []
-    numbers += [f"m = {candidates}"] if candidates else []
-    return f"{', '.join([variant, *numbers])}: {needles} needle{'s' * (needles > 1)}"
+def title(variant, needles) -> str:
+    name, *numbers = variant
+    shown = [f"{letter} = {n}" for letter, n in zip("hBm", numbers) if n]
+    return f"{', '.join([name, *shown])}: {needles} needle{'s' * (needles > 1)}"
 
 
 def main() -> None:
@@ -24,21 +24,27 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     args = parser.parse_args()
     results = json.loads(args.result.read_text())
-    names = ("variant", "active_heads", "block_size", "rerank_candidates", "needles")
+    names = ("variant", "active_heads", "block_size", "rerank_candidates")
     maps = {}
     for r in results:
-        cell = (r["depth"], r["context"])
-        maps.setdefault(tuple(r[n] for n in names), {})[cell] = r["value"]
+        variant, cell = tuple(r[n] for n in names), (r["depth"], r["context"])
+        maps.setdefault((variant, r["needles"]), {})[cell] = r["value"]
+    variants, needles = (sorted(set(values)) for values in zip(*maps))
+    # The same cells in all of them: white is what was not measured.
+    depths, contexts = (sorted({r[n] for r in results}) for n in ("depth", "context"))
     figure, axes = plt.subplots(
-        len(maps), 1, figsize=(7, 3 * len(maps)), squeeze=False, layout="constrained"
+        *(len(variants), len(needles)),
+        figsize=(6 * len(needles), 3 * len(variants)),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, (key, cells) in zip(axes[:, 0], sorted(maps.items())):
-        depths, contexts = (sorted(set(values)) for values in zip(*cells))
+    for axis, key in zip(axes.flat, itertools.product(variants, needles)):
+        cells = maps.get(key, {})
         shares = [[cells.get((d, c), np.nan) for c in contexts] for d in depths]
         image = axis.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axis.set_xticks(range(len(contexts)), [f"{c / 1024:g}K" for c in contexts])
         axis.set_yticks(range(len(depths)), [f"{d}%" for d in depths])
-        axis.set(title=title(key), xlabel="context, tokens", ylabel="depth")
+        axis.set(title=title(*key), xlabel="context, tokens", ylabel="depth")
         figure.colorbar(image, ax=axis, label="found")
     figure.savefig(args.image, dpi=120)
 
