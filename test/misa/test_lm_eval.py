@@ -5,9 +5,7 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
 sys.path.insert(0, str(BENCHMARK))
 
+from fake_server import FakeServer
 from server import Server, misa_args
 from table import markdown, with_tasks
 from tiny_model import write_tokenizer
@@ -124,42 +123,22 @@ def read(text):
 def reader(tmp_path):
     """A server that answers so, and fails when it has no `patience` left; `asked`: the requests that it answered."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, body, status=200):
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def do_GET(self):
-            self.reply(self.server.info)
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/tokenize":
-                return self.reply({"tokens": list(body["prompt"].encode())})
-            if self.server.patience == 0:
-                return self.reply({}, 500)
-            self.server.patience -= 1
-            (tokens,) = body["prompt"]
-            body["prompt"] = bytes(tokens).decode()
-            self.server.asked.append(body)
-            answer = f" {read(body['prompt'])}"
-            self.reply({"choices": [{"index": 0, "text": answer}]})
-
-        def log_message(self, *_):
-            pass
+    def answer(server, path, body):
+        if path == "/tokenize":
+            return {"tokens": list(body["prompt"].encode())}
+        if server.patience == 0:
+            return None
+        server.patience -= 1
+        (tokens,) = body["prompt"]
+        body["prompt"] = bytes(tokens).decode()
+        server.asked.append(body)
+        return {"choices": [{"index": 0, "text": f" {read(body['prompt'])}"}]}
 
     write_tokenizer(tmp_path / "model")
     model = str(tmp_path / "model")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.patience = [], -1
-    server.info = {"model_path": model, "tokenizer_path": model}
-    server.info["max_req_input_len"] = 16000
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    info = {"model_path": model, "tokenizer_path": model, "max_req_input_len": 16000}
+    with FakeServer(answer, asked=[], patience=-1, info=info) as server:
+        yield server
 
 
 def run(server, output, data_dir, arguments, **options):

@@ -4,11 +4,10 @@ import json
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from fake_server import FakeServer
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark" / "quality"
 sys.path.insert(0, str(BENCHMARK))
@@ -67,34 +66,17 @@ def test_summary():
 def finder():
     """A server that finds every needle in the first half of its prompt, and counts what it was asked."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, body):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
+    def answer(server, path, body):
+        if path == "/tokenize":
+            return {"tokens": tokenize(body["prompt"])}
+        server.asked += 1
+        text = bytes(body["prompt"]).decode()
+        key = text.split()[-2]
+        found = re.search(f"number of {key} is (\\d+)", text[: len(text) // 2])
+        return {"choices": [{"text": f" {found[1]}.\n" if found else " 42"}]}
 
-        def do_GET(self):
-            self.reply(self.server.info)
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/tokenize":
-                return self.reply({"tokens": tokenize(body["prompt"])})
-            self.server.asked += 1
-            text = bytes(body["prompt"]).decode()
-            key = text.split()[-2]
-            found = re.search(f"number of {key} is (\\d+)", text[: len(text) // 2])
-            answer = f" {found[1]}.\n" if found else " 42"
-            self.reply({"choices": [{"text": answer}]})
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.info = 0, {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with FakeServer(answer, asked=0) as server:
+        yield server
 
 
 def test_command(finder, tmp_path):
@@ -104,7 +86,7 @@ def test_command(finder, tmp_path):
         sys.executable,
         BENCHMARK / "niah.py",
         "--url",
-        f"http://127.0.0.1:{finder.server_port}",
+        finder.url,
     ]
     command += ["--haystack", tmp_path / "hay.txt", "--output", output]
     command += "--contexts 1024 2048 --depths 0 20 80 --needles 1 --trials 3".split()

@@ -4,13 +4,12 @@ import json
 import math
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 import torch
+from fake_server import FakeServer
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
@@ -67,43 +66,26 @@ def logprob(tokens, i, worse):
 
 @pytest.fixture
 def scorer():
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, body):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
+    def answer(server, path, body):
+        if path == "/tokenize":
+            special = [BOS] * body["add_special_tokens"]
+            return {"tokens": special + list(body["prompt"].encode())}
+        assert path == "/generate" and body["return_logprob"]
+        ids, start = body["input_ids"], body["logprob_start_len"]
+        server.asked.append(ids)
+        worse = 0.5 * bool(server.info)
+        rows = [[None, ids[start], None]]
+        for i in range(start + 1, len(ids)):
+            rows.append([logprob(ids, i, worse), ids[i], None])
+        return {"meta_info": {"input_token_logprobs": rows}}
 
-        def do_GET(self):
-            self.reply(self.server.info)
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/tokenize":
-                special = [BOS] * body["add_special_tokens"]
-                return self.reply({"tokens": special + list(body["prompt"].encode())})
-            assert self.path == "/generate" and body["return_logprob"]
-            ids, start = body["input_ids"], body["logprob_start_len"]
-            self.server.asked.append(ids)
-            worse = 0.5 * bool(self.server.info)
-            rows = [[None, ids[start], None]]
-            for i in range(start + 1, len(ids)):
-                rows.append([logprob(ids, i, worse), ids[i], None])
-            self.reply({"meta_info": {"input_token_logprobs": rows}})
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.info = [], {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with FakeServer(answer, asked=[]) as server:
+        yield server
 
 
 def test_command(scorer, tmp_path):
     text, output = (ROOT / "LICENSE").read_bytes(), tmp_path / "perplexity.json"
-    url = f"http://127.0.0.1:{scorer.server_port}"
-    command = [sys.executable, BENCHMARK / "perplexity.py", "--url", url]
+    command = [sys.executable, BENCHMARK / "perplexity.py", "--url", scorer.url]
     command += ["--text", ROOT / "LICENSE", "--output", output]
     command += "--contexts 512 1024 --scored 100 --windows 5".split()
     subprocess.run(command, check=True)
