@@ -13,8 +13,10 @@ from typing import Dict, List
 import requests
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "test" / "misa"))
+sys.path[:0] = [str(ROOT / "test" / "misa"), str(ROOT / "benchmark" / "quality")]
 
+from niah import NEEDLE, QUESTION
+from recall import recall
 from server import Server
 
 from sglang.srt.layers.misa import reference
@@ -24,8 +26,6 @@ NEEDLES = (
     ("bakodi", "7391642", 0.2),
     ("serupa", "2085517", 0.6),
 )
-TELL = "\nThe magic number of {} is {}.\n"
-ASK = "\nWhat is the magic number of {0}? The magic number of {0} is"
 
 
 def haystack(characters: int) -> str:
@@ -34,7 +34,7 @@ def haystack(characters: int) -> str:
     parts = []
     for key, number, depth in NEEDLES:
         place = int(depth * len(text))
-        parts += [text[done:place], TELL.format(key, number)]
+        parts += [text[done:place], NEEDLE.format(key=key, value=number)]
         done = place
     return "".join([*parts, text[done:]])
 
@@ -77,7 +77,7 @@ def overlap(records: List[Dict], topk: int, rows: int = 32) -> float:
     dsa = reference.dsa(q, weights, record["k"], record["k_scale"], lengths, topk)
     found = reference.members(positions.long(), len(record["k"]))
     wanted = reference.members(dsa, len(record["k"]))
-    return ((found & wanted).sum() / wanted.sum()).item()
+    return recall(found, wanted).mean().item()
 
 
 def report(answer: Dict, number: str, records: List[Dict], topk: int) -> bool:
@@ -131,11 +131,11 @@ def main() -> int:
             for key, number, depth in NEEDLES:
                 print(
                     f"\nPython's documentation, {len(text)} characters of it, and {depth:.0%} of the way in: "
-                    f"{TELL.format(key, number).strip()!r}. Then: {ASK.format(key).strip()!r}",
+                    f"{NEEDLE.format(key=key, value=number).strip()!r}. Then: {QUESTION.format(key=key).strip()!r}",
                     flush=True,
                 )
                 server.forget()
-                answer = ask(server, text + ASK.format(key))
+                answer = ask(server, text + QUESTION.format(key=key))
                 right.append(report(answer, number, server.records(), topk))
     return 0 if all(right) else 1
 

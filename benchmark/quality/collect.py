@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Dict, List
 
+from results import read
+
 # What a record says beside what it is about.
 VALUES = ("value", "ci95", "n", "device", "versions", "date", "model")
 
@@ -58,12 +60,8 @@ def main() -> None:
         "date": args.date,
         "model": fingerprint(args.model),
     }
-    records = [
-        record | measured
-        for file in args.results
-        for record in json.loads(file.read_text())
-    ]
-    kept = json.loads(args.output.read_text()) if args.output.exists() else []
+    records = [record | measured for record in read(args.results)]
+    kept = read([args.output]) if args.output.exists() else []
     try:
         merged = merge(kept, records)
     except ValueError as error:

@@ -18,10 +18,9 @@ from statistics import mean, stdev
 from typing import Dict, List
 
 from kept_answers import KeptAnswers
+from results import Variant, show
 from sglang_server import Server
 from tqdm import tqdm
-
-VARIANT = ("variant", "active_heads", "block_size", "rerank_candidates")
 
 
 def window_ends(tokens: int, longest: int, scored: int, windows: int) -> List[int]:
@@ -71,14 +70,14 @@ def summarize(answers: List[Dict]) -> List[Dict]:
     """The perplexity by variant and context, and its ratio to DSA's, paired by window; n counts windows."""
     cells: Dict[tuple, Dict[tuple, float]] = {}
     for answer in answers:
-        cell = *(answer[name] for name in VARIANT), answer["context"]
+        cell = Variant.of(answer), answer["context"]
         window = answer["text"], answer["end"], answer["scored"]
         cells.setdefault(cell, {})[window] = answer["nll"]
     results = []
-    for (*variant, context), nlls in cells.items():
-        fields = dict(zip(VARIANT, variant))
+    for (variant, context), nlls in cells.items():
+        fields = variant._asdict()
         results.append(record(fields, context, "perplexity", list(nlls.values())))
-        dsa = cells.get(("dsa", 0, 0, 0, context), {})
+        dsa = cells.get((Variant("dsa"), context), {})
         both = [nll - dsa[window] for window, nll in nlls.items() if window in dsa]
         if both and fields["variant"] != "dsa":
             results.append(record(fields, context, "perplexity_ratio", both))
@@ -132,12 +131,7 @@ def main() -> None:
             kept.add(answer)
     results = summarize(kept.answers)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
-    for result in results:
-        error = "" if result["ci95"] is None else f" +- {result['ci95']:.4f}"
-        print(
-            "{variant:18} h {active_heads:2}  B {block_size:4}  m {rerank_candidates:5}  context {context:6}  "
-            "{metric:16} {value:.4f}".format(**result) + error
-        )
+    show(results)
 
 
 if __name__ == "__main__":

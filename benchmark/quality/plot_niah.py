@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from results import Variant
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -24,10 +25,9 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     args = parser.parse_args()
     results = json.loads(args.result.read_text())
-    names = ("variant", "active_heads", "block_size", "rerank_candidates")
     maps = {}
     for r in results:
-        variant, cell = tuple(r[n] for n in names), (r["depth"], r["context"])
+        variant, cell = Variant.of(r), (r["depth"], r["context"])
         maps.setdefault((variant, r["needles"]), {})[cell] = r["value"]
     variants, needles = (sorted(set(values)) for values in zip(*maps))
     # The same cells in all of them: white is what was not measured.

@@ -23,6 +23,7 @@ from statistics import mean, stdev
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
+from results import Variant, show
 from tqdm import tqdm
 
 from sglang.srt.layers.misa import reference
@@ -43,15 +44,6 @@ class Rows(NamedTuple):
     k: torch.Tensor
     k_scale: torch.Tensor
     lengths: torch.Tensor
-
-
-class Variant(NamedTuple):
-    """What a record of the result is about; 0 where a selection has no such number."""
-
-    variant: str
-    active_heads: int = 0
-    block_size: int = 0
-    rerank_candidates: int = 0
 
 
 class Observation(NamedTuple):
@@ -264,12 +256,7 @@ def main() -> None:
     cells = args.output.with_name(f"{args.output.stem}_by_layer_and_position.json")
     by_place = summarize(observations, ("layer", "position"))
     cells.write_text(json.dumps(by_place, indent=1) + "\n")
-    for result in results:
-        error = "" if result["ci95"] is None else f" +- {result['ci95']:.4f}"
-        print(
-            "{variant:18} h {active_heads:2}  B {block_size:4}  m {rerank_candidates:5}  context {context:6}  "
-            "{metric:14} {value:.4f}".format(**result) + error
-        )
+    show(results)
 
 
 if __name__ == "__main__":

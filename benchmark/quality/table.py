@@ -11,9 +11,10 @@ average.
 import argparse
 import json
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from niah import summarize
+from results import Variant, read
 
 NAMES = {
     "dsa": "DSA",
@@ -33,30 +34,18 @@ HEADINGS = {
 COMPUTED = ("recall", "attention_mass")  # not served
 
 
-class Column(NamedTuple):
-    """A variant and its numbers; 0 where it has none."""
-
-    variant: str
-    active_heads: int = 0
-    block_size: int = 0
-    rerank_candidates: int = 0
-
-    def __str__(self) -> str:
-        numbers = zip("hBm", self[1:])
-        shown = [f"{letter} {number}" for letter, number in numbers if number]
-        return " ".join([NAMES.get(self.variant, self.variant), ", ".join(shown)])
+def heading(variant: Variant) -> str:
+    numbers = zip("hBm", variant[1:])
+    shown = [f"{letter} {number}" for letter, number in numbers if number]
+    return f"{NAMES.get(variant.variant, variant.variant)} {', '.join(shown)}".strip()
 
 
 PAPER = (
-    Column("dsa"),
-    Column("hisa", 0, 128),
-    Column("misa", 8, 1024),
-    Column("misa-hierarchical", 8, 1024, 8192),
+    Variant("dsa"),
+    Variant("hisa", 0, 128),
+    Variant("misa", 8, 1024),
+    Variant("misa-hierarchical", 8, 1024, 8192),
 )
-
-
-def column(record: Dict) -> Column:
-    return Column(*(record[name] for name in Column._fields))
 
 
 def with_tasks(records: List[Dict]) -> List[Dict]:
@@ -72,7 +61,7 @@ def with_tasks(records: List[Dict]) -> List[Dict]:
         context = f"{record['context']} tokens"
         if record["metric"] == "niah":
             found = round(record["value"] * record["n"])
-            answer = column(record)._asdict() | {"context": record["context"]}
+            answer = Variant.of(record)._asdict() | {"context": record["context"]}
             answer["task"] = f"{context}, needles: {record['needles']}"
             answer["found"] = [True] * found + [False] * (record["n"] - found)
             needles.append(answer)
@@ -81,18 +70,18 @@ def with_tasks(records: List[Dict]) -> List[Dict]:
         else:
             served.append({"task": context} | record)
     served += summarize(needles)
-    there = {column(record) for record in served} or PAPER
-    return served + [record for record in computed if column(record) in there]
+    there = {Variant.of(record) for record in served} or PAPER
+    return served + [record for record in computed if Variant.of(record) in there]
 
 
-def columns(records: List[Dict]) -> List[Column]:
+def columns(records: List[Dict]) -> List[Variant]:
     """Those of the paper, also where there are no results, then others."""
-    there = sorted({column(record) for record in records})
+    there = sorted({Variant.of(record) for record in records})
     names = [*NAMES, *dict.fromkeys(x.variant for x in there if x.variant not in NAMES)]
     return [
         found
         for name in names
-        for found in [x for x in there if x.variant == name] or [Column(name)]
+        for found in [x for x in there if x.variant == name] or [Variant(name)]
     ]
 
 
@@ -122,19 +111,19 @@ def cell(record: Optional[Dict]) -> str:
 def markdown(records: List[Dict]) -> str:
     """The tables."""
     heads = columns(records)
-    sections: Dict[str, Dict[str, Dict[Column, Dict]]] = {}
+    sections: Dict[str, Dict[str, Dict[Variant, Dict]]] = {}
     for record in records:
-        heading = HEADINGS[record["metric"]].format(record["context"])
-        rows = sections.setdefault(heading, {})
-        rows.setdefault(record["task"], {})[column(record)] = record
+        title = HEADINGS[record["metric"]].format(record["context"])
+        rows = sections.setdefault(title, {})
+        rows.setdefault(record["task"], {})[Variant.of(record)] = record
     lines: List[str] = []
-    for heading, rows in sections.items():
+    for title, rows in sections.items():
         table: List[Tuple[str, List[Optional[Dict]]]] = [
             (task, [found.get(head) for head in heads]) for task, found in rows.items()
         ]
         means = [average(list(values)) for values in zip(*(row for _, row in table))]
-        lines += [f"## {heading}", ""]
-        lines += [f"| | {' | '.join(str(head).strip() for head in heads)} |"]
+        lines += [f"## {title}", ""]
+        lines += [f"| | {' | '.join(map(heading, heads))} |"]
         lines += ["| --- " * (len(heads) + 1) + "|"]
         for name, values in [*table, ("average", means)]:
             lines += [f"| {' | '.join([name, *map(cell, values)])} |"]
@@ -150,10 +139,7 @@ def main() -> None:
     add("results", type=Path, nargs="+", help="JSON files of the four, in any order")
     add("--output", type=Path, required=True, help="Markdown; JSON is put beside it")
     args = parser.parse_args()
-    records = [
-        record for file in args.results for record in json.loads(file.read_text())
-    ]
-    records = with_tasks(records)
+    records = with_tasks(read(args.results))
     args.output.write_text(markdown(records))
     args.output.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
 

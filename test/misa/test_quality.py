@@ -13,13 +13,18 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[2]
+QUALITY = ROOT / "benchmark" / "quality"
+sys.path.insert(0, str(QUALITY))
+
+from recall import recall
 from server import Server, misa_args
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import random_heads
 
-ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "scripts" / "mini_dsa" / "checkpoint"
 CONTEXTS = (2560, 4096)
 DEPTHS = (10, 60)
@@ -27,16 +32,14 @@ TOPK = 2048
 MISA = MisaConfig()
 
 
-def recall(positions: torch.Tensor, record: dict) -> float:
-    """The share of DSA's selection for some rows of a record that is among `positions`, int [rows, topk]."""
+def share_of_dsa(positions: torch.Tensor, record: dict) -> float:
+    """The recall of `positions`, int [rows, topk], in the last rows of a record."""
     rows = slice(-len(positions), None)
     q, weights, lengths = (record[name][rows] for name in ("q", "weights", "lengths"))
     keys = record["k"], record["k_scale"]
     wanted = reference.dsa(q, weights, *keys, lengths, TOPK)
-    tokens = len(record["k"])
-    found = reference.members(positions.long(), tokens)
-    wanted = reference.members(wanted, tokens)
-    return ((found & wanted).sum() / wanted.sum()).item()
+    sets = (reference.members(x.long(), len(record["k"])) for x in (positions, wanted))
+    return recall(*sets).mean().item()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def test_needles_are_found(variant, args, tmp_path):
     env = {"SGLANG_DSA_FUSE_TOPK": "false"}
     args = (*args, "--disable-cuda-graph")
     with Server(CHECKPOINT, tmp_path, *args, env=env) as server:
-        command = [sys.executable, ROOT / "benchmark" / "quality" / "niah.py"]
+        command = [sys.executable, QUALITY / "niah.py"]
         command += ["--url", server.url, "--haystack", tmp_path / "hay.txt"]
         command += ["--output", output, "--needles", "2", "--trials", "1"]
         command += ["--parallel", "1", "--contexts", *map(str, CONTEXTS)]
@@ -78,14 +81,14 @@ def test_needles_are_found(variant, args, tmp_path):
         if len(record["q"]) > 1
     )
     rows = slice(-16, None)
-    share = recall(record["positions"][rows], record)
+    share = share_of_dsa(record["positions"][rows], record)
     q, weights, lengths = (record[name][rows] for name in ("q", "weights", "lengths"))
     heads = random_heads(lengths, q.shape[1], MISA.active_heads)
     by_chance = reference.dsa(
         *reference.of_heads(q, weights, heads),
         *(record["k"], record["k_scale"], lengths, TOPK),
     )
-    control = recall(by_chance, record)
+    control = share_of_dsa(by_chance, record)
     print(f"recall {share:.3f}, of heads by chance {control:.3f}")
     if variant["variant"] == "dsa":
         assert share > 0.999

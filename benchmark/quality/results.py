@@ -1,0 +1,33 @@
+"""The records that all benchmarks of quality write: what they are about, read and shown."""
+
+import json
+from pathlib import Path
+from typing import Dict, Iterable, List, NamedTuple
+
+
+class Variant(NamedTuple):
+    """What selects; 0 where it has no such number."""
+
+    variant: str
+    active_heads: int = 0
+    block_size: int = 0
+    rerank_candidates: int = 0
+
+    @classmethod
+    def of(cls, record: Dict) -> "Variant":
+        return cls(*(record[name] for name in cls._fields))
+
+
+def read(files: Iterable[Path]) -> List[Dict]:
+    """The records of several files."""
+    return [record for file in files for record in json.loads(file.read_text())]
+
+
+def show(records: List[Dict]) -> None:
+    """Print a line for each record."""
+    for record in records:
+        error = "" if record["ci95"] is None else f" +- {record['ci95']:.4f}"
+        print(
+            "{variant:18} h {active_heads:2}  B {block_size:4}  m {rerank_candidates:5}  context {context:6}  "
+            "{metric:16} {value:.4f}".format(**record) + error
+        )
