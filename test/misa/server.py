@@ -1,5 +1,6 @@
 """A real SGLang server for tests: on the GPU if there is one, else on the CPU engine."""
 
+import json
 import os
 import random
 import shutil
@@ -26,6 +27,8 @@ def server_command(model_path: str, *args: str, port: int, **options) -> List[st
         from sglang_cpu_engine.launch import server_command as cpu_server_command
 
         return cpu_server_command(model_path, *args, port=port, **options)
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    context = min(40000, config["max_position_embeddings"])
     return [
         *(sys.executable, "-m", "sglang.launch_server"),
         *("--model-path", model_path),
@@ -34,7 +37,7 @@ def server_command(model_path: str, *args: str, port: int, **options) -> List[st
         *("--dsa-prefill-backend", "flashmla_sparse"),
         *("--dsa-decode-backend", "flashmla_sparse"),
         *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
-        *("--context-length", "40000", "--max-running-requests", "8"),
+        *("--context-length", str(context), "--max-running-requests", "8"),
         # SGLang pins host memory for as many tokens with --enable-return-indexer-topk.
         *("--max-total-tokens", "65536"),
         *args,
