@@ -315,5 +315,5 @@ def test_a_server_with_misa(data_dir, tmp_path):
     assert all(r | named == r and 0 <= r["value"] <= 1 for r in results)
     table = write_table(output)
     assert "| | DSA | HISA | MISA h 4, B 1024 | hierarchical MISA |" in table
-    fwe = 100 * results[2]["value"]
-    assert f"| ruler_fwe | - | - | {fwe:.1f} | - |" in table
+    share = 100 * results[2]["value"]
+    assert f"| ruler_fwe | - | - | {share:.1f} | - |" in table
