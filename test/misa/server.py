@@ -27,6 +27,7 @@ def server_command(model_path: str, *args: str, port: int, **options) -> List[st
         from sglang_cpu_engine.launch import server_command as cpu_server_command
 
         return cpu_server_command(model_path, *args, port=port, **options)
+    # Room for the longest prompt of a test; mini-DSA takes less, and SGLang refuses more than a model takes.
     config = json.loads((Path(model_path) / "config.json").read_text())
     context = min(40000, config["max_position_embeddings"])
     return [

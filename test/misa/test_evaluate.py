@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from server import server_command, server_env
+from server import server_env
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmark" / "quality" / "evaluate.py"
@@ -35,11 +35,12 @@ def evaluate(model, output, *options, server_args=()):
     torch.cuda.is_available(), reason="its index_topk is the CPU engine's alone"
 )
 def test_variants_side_by_side(tiny_model, tmp_path):
+    from sglang_cpu_engine.launch import FLAGS
+
     model, output = tiny_model("deepseek_v32", 2, TOPK), tmp_path / "quality"
     options = "--variants dsa misa --contexts 640 --trials 1 --windows 2 --scored 64 "
     options += f"--recall-prompts 2 --topk {TOPK} --suite"
-    command = server_command(str(model), "--skip-server-warmup", port=0)
-    server_args = command[command.index("--device") :]
+    server_args = (*FLAGS, "--max-total-tokens", "16384", "--skip-server-warmup")
     ran = evaluate(model, output, *options.split(), server_args=server_args)
     assert ran.returncode == 0, ran.stdout
     found = {name: json.loads((output / name).read_text()) for name in FILES}

@@ -285,14 +285,14 @@ def test_table():
 
 
 def test_a_server_with_misa(data_dir, tmp_path):
-    """SGLang's own API, mini-DSA: every task gets a number, though it reads no questions worded like these; the second time
-    nothing is asked."""
+    """SGLang's own API: every task gets a number, 0 for what mini-DSA was not trained on; the second time nothing is asked."""
     output = tmp_path / "result.json"
     arguments = (
         "--tasks ruler_fwe ruler_qa_squad longbench_hotpotqa longbench_trec "
         "--lengths 2560 --limit 1"
     )
-    args = (*misa_args(MisaConfig(active_heads=4)), "--disable-cuda-graph")
+    config = MisaConfig(active_heads=4, block_size=256)
+    args = (*misa_args(config), "--disable-cuda-graph")
     env = {"SGLANG_DSA_FUSE_TOPK": "false"}
     with Server(MINI_DSA, tmp_path / "server", *args, env=env) as server:
         run(server, output, data_dir, arguments, check=True)
@@ -310,10 +310,12 @@ def test_a_server_with_misa(data_dir, tmp_path):
         "ruler_qa_squad",
     ]
     # One answer has no standard error.
-    named = {"variant": "misa", "active_heads": 4, "block_size": 1024}
+    named = {"variant": "misa", "active_heads": 4, "block_size": 256}
     named |= {"n": 1, "ci95": None}
-    assert all(r | named == r and 0 <= r["value"] <= 1 for r in results)
+    assert all(r | named == r for r in results)
+    *zeros, squad = (r["value"] for r in results)
+    # One of three colours can be right by chance.
+    assert zeros == [0, 0, 0] and squad in (0, 1)
     table = write_table(output)
-    assert "| | DSA | HISA | MISA h 4, B 1024 | hierarchical MISA |" in table
-    share = 100 * results[2]["value"]
-    assert f"| ruler_fwe | - | - | {share:.1f} | - |" in table
+    assert "| | DSA | HISA | MISA h 4, B 256 | hierarchical MISA |" in table
+    assert "| ruler_fwe | - | - | 0.0 | - |" in table
