@@ -22,7 +22,7 @@ from run_lm_eval import SUITES
 from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
 from sglang.srt.utils import kill_process_tree
-from sglang.srt.utils.network import get_free_port
+from sglang.srt.utils.network import is_port_available
 from sglang.utils import wait_for_http_ready
 
 HERE = Path(__file__).parent
@@ -55,12 +55,13 @@ def serve(
     """The URL of a server that runs while the context is open; its log is `<name>.log`.
 
     Raises:
-        SystemExit: it did not start.
+        SystemExit: it did not start, or another one has the port.
     """
-    port, log = get_free_port(), args.output / f"{name}.log"
-    url = f"http://127.0.0.1:{port}"
+    if not is_port_available(args.port):
+        raise SystemExit(f"evaluate: --port {args.port} is taken; give a free one")
+    url, log = f"http://127.0.0.1:{args.port}", args.output / f"{name}.log"
     command = [sys.executable, "-m", "sglang.launch_server"]
-    command += ["--model-path", args.model_path, "--port", str(port)]
+    command += ["--model-path", args.model_path, "--port", str(args.port)]
     command += [*args.server_args, *options]
     print(f"{name}: {' '.join(command[1:])}", flush=True)
     with log.open("w") as file:
@@ -78,6 +79,8 @@ def serve(
         yield url
     finally:
         kill_process_tree(process.pid, wait_timeout=60)
+        # That waits for the children, not always for the server itself, which has the port.
+        process.wait()
 
 
 def ask(args: argparse.Namespace, url: str) -> None:
@@ -94,10 +97,11 @@ def ask(args: argparse.Namespace, url: str) -> None:
         *("--scored", args.scored),
     )
     if args.suite:
+        lengths = [n for n in args.contexts if n >= SHORTEST_RULER]
         run(
             *("run_lm_eval.py", "--url", url),
             *("--output", args.output / "lm_eval.json", "--suite", *args.suite),
-            *("--lengths", *[n for n in args.contexts if n >= SHORTEST_RULER]),
+            *(("--lengths", *lengths) if "ruler" in args.suite else ()),
             *(("--data-dir", args.data_dir) if args.data_dir else ()),
             *(("--limit", args.limit) if args.limit else ()),
         )
@@ -130,6 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model-path", required=True)
     add("--text", type=Path, required=True, help="a long text, not trained on")
     add("--output", type=Path, required=True, help="a folder")
+    add("--port", type=int, default=30000, help="of the servers")
     add("--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS)
     add("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     add("--trials", type=int, default=10, help="needles of every context and depth")
@@ -154,9 +159,9 @@ def main() -> None:
     args = parse_arguments()
     if max(args.contexts) <= args.scored:
         raise SystemExit("evaluate: no --contexts is longer than --scored")
-    if args.suite and max(args.contexts) < SHORTEST_RULER:
+    if "ruler" in args.suite and max(args.contexts) < SHORTEST_RULER:
         raise SystemExit(
-            f"evaluate: RULER starts at {SHORTEST_RULER} tokens: add such --contexts, or leave --suite empty"
+            f"evaluate: RULER starts at {SHORTEST_RULER} tokens: add such --contexts, or leave it out of --suite"
         )
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.variants:

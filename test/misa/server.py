@@ -1,10 +1,10 @@
 """A real SGLang server for tests: on the GPU if there is one, else on the CPU engine."""
 
+import itertools
 import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,9 +16,22 @@ import torch
 
 from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV, load_records
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.utils.network import is_port_available
 
 # Long enough for the first start on a GPU, which compiles SGLang's kernels.
 START_SECONDS = 400
+
+# Every xdist worker's own, below those that the kernel gives to whoever asks for any port (from 32768 on): a server
+# binds its ports seconds after they are chosen, and nobody may take them until then.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.cycle(range(20000 + 200 * _WORKER, 20200 + 200 * _WORKER, 2))
+
+
+def find_port() -> int:
+    """A free port to serve on; the one after it is free too, for SGLang's --nccl-port."""
+    return next(
+        port for port in _PORTS if all(map(is_port_available, (port, port + 1)))
+    )
 
 
 def server_command(model_path: str, *args: str, port: int, **options) -> List[str]:
@@ -83,14 +96,16 @@ class Server:
         **options,
     ):
         work_dir.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        port = find_port()
+        self.url = f"http://127.0.0.1:{port}"
         self.log = work_dir / "server.log"
         self.capture_dir = work_dir / "capture"
         self.command = server_command(
-            str(model_path), "--skip-server-warmup", *args, port=self.port, **options
+            str(model_path),
+            *("--skip-server-warmup", "--nccl-port", str(port + 1)),
+            *args,
+            port=port,
+            **options,
         )
         self.env = {**server_env(), **(env or {})}
         if capture:

@@ -1,13 +1,14 @@
 """The evaluation of a model with one command, servers and all."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from server import server_env
+from server import find_port, server_env
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmark" / "quality" / "evaluate.py"
@@ -39,9 +40,12 @@ def test_variants_side_by_side(tiny_model, tmp_path):
 
     model, output = tiny_model("deepseek_v32", 2, TOPK), tmp_path / "quality"
     options = "--variants dsa misa --contexts 640 --trials 1 --windows 2 --scored 64 "
-    options += f"--recall-prompts 2 --topk {TOPK} --suite"
+    options += f"--recall-prompts 2 --topk {TOPK}"
+    port = find_port()
+    options += f" --port {port}"
     server_args = (*FLAGS, "--max-total-tokens", "16384", "--skip-server-warmup")
-    ran = evaluate(model, output, *options.split(), server_args=server_args)
+    server_args += ("--nccl-port", str(port + 1))
+    ran = evaluate(model, output, *options.split(), "--suite", server_args=server_args)
     assert ran.returncode == 0, ran.stdout
     found = {name: json.loads((output / name).read_text()) for name in FILES}
     for name, metrics in FILES.items():
@@ -61,7 +65,12 @@ def test_what_cannot_be(tmp_path):
     short = evaluate("model", tmp_path, "--contexts", "3000")
     assert short.returncode and "RULER starts at 4096 tokens" in short.stdout
 
-    missing = evaluate(tmp_path / "none", tmp_path)
+    port = find_port()
+    with socket.create_server(("127.0.0.1", port)):
+        taken = evaluate("model", tmp_path, "--port", port)
+    assert taken.returncode and f"--port {port} is taken" in taken.stdout
+
+    missing = evaluate(tmp_path / "none", tmp_path, "--port", port)
     assert missing.returncode and "evaluate: dsa: " in missing.stdout
     assert f"its log is {tmp_path / 'dsa.log'}" in missing.stdout
     assert "none" in (tmp_path / "dsa.log").read_text()
