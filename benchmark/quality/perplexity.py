@@ -14,11 +14,11 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Dict, List
 
 from kept_answers import KeptAnswers
-from results import Variant, show
+from results import Variant, ci95, show
 from sglang_server import Server
 from tqdm import tqdm
 
@@ -55,14 +55,13 @@ def negative_log_likelihood(server: Server, window: List[int], scored: int) -> f
 
 def record(variant: Dict, context: int, metric: str, nlls: List[float]) -> Dict:
     """exp of the mean, and half the width of its 95% confidence interval by the delta method over windows."""
-    value, n = math.exp(mean(nlls)), len(nlls)
-    ci95 = 1.96 * value * stdev(nlls) / n**0.5 if n > 1 else None
+    value, error = math.exp(mean(nlls)), ci95(nlls)
     return variant | {
         "context": context,
         "metric": metric,
         "value": value,
-        "ci95": ci95,
-        "n": n,
+        "ci95": None if error is None else value * error,
+        "n": len(nlls),
     }
 
 

@@ -19,11 +19,11 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
-from results import Variant, show
+from results import Variant, ci95, show
 from tqdm import tqdm
 
 from sglang.srt.layers.misa import reference
@@ -220,7 +220,7 @@ def summarize(observations: List[Observation], by: Tuple[str, ...] = ()) -> List
         groups.setdefault(key, {}).setdefault(o.prompt, []).append(o.value)
     results = []
     for (variant, context, metric, *place), prompts in groups.items():
-        means, n = [mean(values) for values in prompts.values()], len(prompts)
+        means = [mean(values) for values in prompts.values()]
         results.append(
             {
                 **variant._asdict(),
@@ -228,8 +228,8 @@ def summarize(observations: List[Observation], by: Tuple[str, ...] = ()) -> List
                 "metric": metric,
                 **dict(zip(by, place)),
                 "value": mean(means),
-                "ci95": 1.96 * stdev(means) / n**0.5 if n > 1 else None,
-                "n": n,
+                "ci95": ci95(means),
+                "n": len(means),
             }
         )
     return results

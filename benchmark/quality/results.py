@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Dict, Iterable, List, NamedTuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
+
+from scipy.stats import sem, t
 
 
 class Variant(NamedTuple):
@@ -21,6 +23,16 @@ class Variant(NamedTuple):
 def read(files: Iterable[Path]) -> List[Dict]:
     """The records of several files."""
     return [record for file in files for record in json.loads(file.read_text())]
+
+
+def ci95(values: Sequence[float]) -> Optional[float]:
+    """Half the width of Student's 95% confidence interval of a mean; None for one value.
+
+    Prompts and windows can be as few as two, for which 1.96 standard errors would promise far too much.
+    """
+    if len(values) == 1:
+        return None
+    return float(t.ppf(0.975, len(values) - 1) * sem(values))
 
 
 def show(records: List[Dict]) -> None:
