@@ -39,13 +39,12 @@ def test_variants_side_by_side(tiny_model, tmp_path):
     from sglang_cpu_engine.launch import FLAGS
 
     model, output = tiny_model("deepseek_v32", 2, TOPK), tmp_path / "quality"
-    options = "--variants dsa misa --contexts 640 --trials 1 --windows 2 --scored 64 "
-    options += f"--recall-prompts 2 --topk {TOPK}"
     port = find_port()
-    options += f" --port {port}"
+    options = "--variants dsa misa --contexts 640 --trials 1 --windows 2 --scored 64 "
+    options += f"--recall-prompts 2 --topk {TOPK} --port {port} --suite"
     server_args = (*FLAGS, "--max-total-tokens", "16384", "--skip-server-warmup")
     server_args += ("--nccl-port", str(port + 1))
-    ran = evaluate(model, output, *options.split(), "--suite", server_args=server_args)
+    ran = evaluate(model, output, *options.split(), server_args=server_args)
     assert ran.returncode == 0, ran.stdout
     found = {name: json.loads((output / name).read_text()) for name in FILES}
     for name, metrics in FILES.items():

@@ -48,12 +48,13 @@ def test_summary():
     misa = answers("misa", 8, {400: 9.0, 200: 2.1, 300: 3.3})
     first, second, ratio = summarize(dsa + misa)
     assert first["value"] == pytest.approx(math.exp(2))
-    assert first["ci95"] == pytest.approx(math.exp(2) * 4.3027 / 3**0.5, rel=1e-4)
+    # Student's t of two degrees of freedom, below of one.
+    assert first["ci95"] == pytest.approx(math.exp(2) * 4.3026527 / 3**0.5)
     assert (first["metric"], first["n"], first["variant"]) == ("perplexity", 3, "dsa")
     assert second["value"] == pytest.approx(math.exp(mean([9, 2.1, 3.3])))
     assert ratio["value"] == pytest.approx(math.exp(0.2)) and ratio["n"] == 2
-    error = 12.706 * math.exp(0.2) * stdev([0.1, 0.3]) / 2**0.5
-    assert ratio["ci95"] == pytest.approx(error, rel=1e-4)
+    error = 12.7062047 * math.exp(0.2) * stdev([0.1, 0.3]) / 2**0.5
+    assert ratio["ci95"] == pytest.approx(error)
     assert (ratio["metric"], ratio["active_heads"]) == ("perplexity_ratio", 8)
     # Another text has other windows.
     _, _ = summarize(dsa + [answer | {"text": "b"} for answer in misa])
