@@ -89,7 +89,7 @@ def selections(
 ) -> Iterator[Tuple[Variant, Callable[[], torch.Tensor]]]:
     """Every selection that is measured, as a function that computes it -> int64 [T, topk], -1 padded.
 
-    `heaviest`, int64 [h], are the heads of the largest average weight in the layer, the same for all queries.
+    `heaviest`, int64 [h], are the heads of the largest average weight in the layer, over all queries, and the same for all.
     """
     total = rows.q.shape[1]
     yield Variant("dsa"), lambda: reference.dsa(*rows, topk)
@@ -178,6 +178,18 @@ def some_rows(record: Dict, wanted: torch.Tensor, device: str) -> Rows:
     return Rows(*(x.to(device) for x in rows))
 
 
+def heaviest_by_layer(paths: List[Path]) -> Dict[int, torch.Tensor]:
+    """The CONTROL_HEADS of the largest average weight in each layer, int64, over all rows of some records."""
+    totals: Dict[int, torch.Tensor] = {}
+    for path in paths:
+        record = torch.load(path, mmap=True)
+        total = record["weights"].abs().sum(0, keepdim=True, dtype=torch.float64)
+        totals[record["layer_id"]] = totals.get(record["layer_id"], 0) + total
+    return {
+        layer: heaviest_heads(total, CONTROL_HEADS) for layer, total in totals.items()
+    }
+
+
 def observe(capture: Path, topk: int, count: int, device: str) -> Iterator[Observation]:
     """Everything that is measured of the prompts in a capture; `context` is a prompt's length in whole thousands of 1024."""
     paths = sorted(capture.glob("*.pt"))
@@ -185,12 +197,10 @@ def observe(capture: Path, topk: int, count: int, device: str) -> Iterator[Obser
     for path in paths:
         record = torch.load(path, mmap=True)
         longest[record["rid"]] = max(longest[record["rid"]], len(record["k"]))
-    heaviest: Dict[int, torch.Tensor] = {}
+    heaviest = heaviest_by_layer(paths)
     for path in tqdm(paths, unit="record"):
         record = torch.load(path, mmap=True)
         layer, prompt = record["layer_id"], record["rid"]
-        if layer not in heaviest:
-            heaviest[layer] = heaviest_heads(record["weights"], CONTROL_HEADS)
         wanted = spread_lengths(longest[prompt], topk, count)
         rows = some_rows(record, wanted, device)
         if not len(rows.q):

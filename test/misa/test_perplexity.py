@@ -176,9 +176,11 @@ def test_a_server(tiny_model, tmp_path):
     assert result["value"] == pytest.approx(math.exp(mean(nlls)), rel=1e-3)
     assert (result["variant"], result["active_heads"]) == ("heaviest-heads", 4)
     assert max(record["lengths"].max() for record in records) >= context
-    # The server did select so: by the same heads throughout a layer, and not by those of another.
+    # The server did select so: by the same heads throughout a layer, and not by those of another. A prompt of a server's own
+    # is so short that all of it is selected, by whichever heads.
+    long = [record for record in records if record["lengths"].max() > 256]
     chosen = [
-        torch.cat([r["heads"] for r in records if r["layer_id"] == layer]).unique(dim=0)
+        torch.cat([r["heads"] for r in long if r["layer_id"] == layer]).unique(dim=0)
         for layer in range(2)
     ]
     assert chosen[0].shape == chosen[1].shape == (1, 4)

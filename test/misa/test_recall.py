@@ -19,6 +19,7 @@ from recall import (
     attention_mass,
     dense_attention,
     future_means,
+    heaviest_by_layer,
     recall,
     selections,
     some_rows,
@@ -164,6 +165,23 @@ def test_summary():
         ("misa", 1, 4096): (1.0, 1),
         ("dsa", 0, 4096): (1.0, 1),
     }
+
+
+def test_heaviest_heads(tmp_path):
+    """Those of all records of a layer; the first one's would be chance, and a server's is its own short prompt."""
+    rows = [rows_of(tokens=100, rows=count) for count in (9, 90)]
+    # The longer record has most rows, so that its heads have the largest average.
+    rows[0].weights[:, 4:12] *= 3
+    rows[1].weights[:, 8:16] *= 2
+    paths = [tmp_path / f"{i}.pt" for i in range(3)]
+    for path, record in zip(
+        paths, (record_of(rows[0]), record_of(rows[1]), record_of(rows[0], layer=1))
+    ):
+        torch.save(record, path)
+    for order in (paths, paths[::-1]):
+        chosen = heaviest_by_layer(order)
+        assert chosen[0].tolist() == list(range(8, 16))
+        assert chosen[1].tolist() == list(range(4, 12))
 
 
 def test_command(tmp_path):

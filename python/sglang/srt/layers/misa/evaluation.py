@@ -77,7 +77,8 @@ def token_scores(q, weights, k, k_scale) -> torch.Tensor:
 class EvaluationIndexer:
     """Has the interface of `MisaIndexer`, and selects by `name`, one of SELECTIONS, in layer `layer_id`.
 
-    The heaviest heads of a layer are those of the first rows that it selects for, and stay so.
+    The heaviest heads of a layer are those of the first rows that see more tokens than are selected, and stay so: a server
+    begins with a short prompt of its own, which says nothing of a text's heads.
     """
 
     name: str
@@ -132,6 +133,12 @@ class EvaluationIndexer:
             return None
         if self.name == "random-heads":
             return random_heads(lengths, weights.shape[1], self.active_heads)
-        if self.layer_id not in _heaviest:
-            _heaviest[self.layer_id] = heaviest_heads(weights, self.active_heads)
-        return _heaviest[self.layer_id].expand(len(weights), -1)
+        fixed = _heaviest.get(self.layer_id)
+        if fixed is None:
+            long = lengths > self.topk
+            if not long.any():
+                # All tokens are selected, whichever heads score them.
+                return heaviest_heads(weights, self.active_heads).expand(len(weights), -1)
+            fixed = heaviest_heads(weights[long], self.active_heads)
+            _heaviest[self.layer_id] = fixed
+        return fixed.expand(len(weights), -1)
