@@ -2,12 +2,11 @@
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from results import Variant
+from results import Variant, read
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -24,7 +23,7 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("image", type=Path)
     args = parser.parse_args()
-    results = json.loads(args.result.read_text())
+    results = [r for r in read([args.result]) if r["metric"] == "niah"]
     maps = {}
     for r in results:
         variant, cell = Variant.of(r), (r["depth"], r["context"])
@@ -34,7 +33,7 @@ def main() -> None:
     depths, contexts = (sorted({r[n] for r in results}) for n in ("depth", "context"))
     figure, axes = plt.subplots(
         *(len(variants), len(needles)),
-        figsize=(6 * len(needles), 3 * len(variants)),
+        figsize=(6 * len(needles), 2.4 * len(variants)),
         squeeze=False,
         layout="constrained",
     )

@@ -1,11 +1,11 @@
 """Recall and attention mass over heads and block sizes: python benchmark/quality/plot_recall.py recall.json recall.png"""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Dict, List
 
 import matplotlib
+from results import read
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -63,8 +63,10 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     args = parser.parse_args()
     panels: Dict[tuple, List[Dict]] = {}
-    for record in json.loads(args.result.read_text()):
-        panels.setdefault((record["context"], record["metric"]), []).append(record)
+    for record in read([args.result]):
+        if record["metric"] in METRICS:
+            panel = record["context"], record["metric"]
+            panels.setdefault(panel, []).append(record)
     figure, axes = plt.subplots(
         *(len(panels), 2),
         figsize=(12, 4 * len(panels)),
