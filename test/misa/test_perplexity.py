@@ -150,10 +150,10 @@ def test_command(scorer, tmp_path):
 )
 def test_a_server(tiny_model, tmp_path):
     """SGLang's own API scores the tokens that are asked for, with the context that is asked for."""
-    output, scored, context = tmp_path / "perplexity.json", 60, 700
+    output, scored, context, topk = tmp_path / "perplexity.json", 60, 700, 256
     text = (ROOT / "LICENSE").read_bytes()
     with Server(
-        tiny_model("deepseek_v32", 2, 256),
+        tiny_model("deepseek_v32", 2, topk),
         tmp_path,
         *misa_args(MisaConfig(active_heads=4)),
         *("--chunked-prefill-size", "512"),
@@ -178,7 +178,7 @@ def test_a_server(tiny_model, tmp_path):
     assert max(record["lengths"].max() for record in records) >= context
     # The server did select so: by the same heads throughout a layer, and not by those of another. A prompt of a server's own
     # is so short that all of it is selected, by whichever heads.
-    long = [record for record in records if record["lengths"].max() > 256]
+    long = [record for record in records if record["lengths"].max() > topk]
     chosen = [
         torch.cat([r["heads"] for r in long if r["layer_id"] == layer]).unique(dim=0)
         for layer in range(2)

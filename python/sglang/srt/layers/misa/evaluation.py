@@ -133,12 +133,11 @@ class EvaluationIndexer:
             return None
         if self.name == "random-heads":
             return random_heads(lengths, weights.shape[1], self.active_heads)
-        fixed = _heaviest.get(self.layer_id)
-        if fixed is None:
+        if self.layer_id not in _heaviest:
             long = lengths > self.topk
             if not long.any():
                 # All tokens are selected, whichever heads score them.
-                return heaviest_heads(weights, self.active_heads).expand(len(weights), -1)
-            fixed = heaviest_heads(weights[long], self.active_heads)
-            _heaviest[self.layer_id] = fixed
-        return fixed.expand(len(weights), -1)
+                heads = heaviest_heads(weights, self.active_heads)
+                return heads.expand(len(weights), -1)
+            _heaviest[self.layer_id] = heaviest_heads(weights[long], self.active_heads)
+        return _heaviest[self.layer_id].expand(len(weights), -1)
