@@ -139,6 +139,8 @@ def select(
             sample_shift=shift,
             # More candidates than fit are costly, too many above the high threshold are not while they fit.
             deviations=3 if topk + topk // 4 <= capacity else 5,
+            # A quarter of what fits may tie with a threshold before it is taken for a plateau.
+            many=capacity // 4 >> shift,
             rows=rows,
             bounds=batch + 1,
             slots=count * tile_rows,
