@@ -14,6 +14,7 @@ from kernels.decode_select import get_decode_select_kernel
 from kernels.pool_blocks import get_pool_blocks_kernel
 from kernels.rerank import get_rerank_kernel
 from kernels.route import get_route_kernel
+from kernels.route_sampled import get_route_sampled_kernel
 from kernels.sample import get_sample_kernel
 from kernels.score import get_score_kernel
 from kernels.select import get_select_kernel
@@ -48,6 +49,13 @@ def _kernels() -> Dict[str, Kernel]:
         "pool_blocks": Kernel(get_pool_blocks_kernel),
         "route_32": Kernel(lambda: get_route_kernel(32)),
         "route_64": Kernel(lambda: get_route_kernel(64)),
+        # Shares its SMs with `decode_score` in decode.
+        "route_sampled_32": Kernel(
+            lambda: get_route_sampled_kernel(32), prefers_shared=True
+        ),
+        "route_sampled_64": Kernel(
+            lambda: get_route_sampled_kernel(64), prefers_shared=True
+        ),
         "sample": Kernel(get_sample_kernel),
         "threshold": Kernel(get_threshold_kernel),
     }

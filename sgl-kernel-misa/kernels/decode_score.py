@@ -58,6 +58,8 @@ def get_decode_score_kernel(heads: int):
         q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
+        shared_q: T.Tensor((rows, 128), T.float8_e4m3fn),
+        shared_scale: T.Tensor((rows,), T.float32),
         keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
         scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
@@ -70,6 +72,7 @@ def get_decode_score_kernel(heads: int):
         topk: T.int32,
         init_tokens: T.int32,
         local_tokens: T.int32,
+        shared: T.int32,
     ):
         with T.Kernel(blocks, threads=256) as block:
             T.import_source('#include "score.cuh"\n#include "decode_score.cuh"\n')
@@ -199,11 +202,14 @@ def get_decode_score_kernel(heads: int):
                         q.data,
                         weights.data,
                         active.data,
+                        shared_q.data,
+                        shared_scale.data,
                         lengths.data,
                         sequence[0],
                         rows_per_seq,
                         num_heads,
                         active_heads,
+                        shared,
                         q_shared.data,
                         i % depth,
                         T.address_of(gates[i % depth, 0]),
@@ -268,6 +274,7 @@ def get_decode_score_kernel(heads: int):
                         acc.data,
                         gate.data,
                         scale.data,
+                        T.cast(1 - shared, T.float32),
                         score.data,
                     )
                     T.call_extern(

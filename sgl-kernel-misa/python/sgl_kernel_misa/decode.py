@@ -6,7 +6,7 @@ safe because the kernel that comes first in an operation waits for everything be
 they wait for themselves, and none ends before those ahead of it.
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from sgl_kernel_misa.checks import PAGE_SIZE
@@ -46,6 +46,7 @@ def select(
     lengths: torch.Tensor,
     out: torch.Tensor,
     *,
+    shared: Optional[Tuple[torch.Tensor, torch.Tensor]] = None,
     dealt: Optional[torch.Tensor] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
@@ -69,12 +70,16 @@ def select(
         table_stride=page_table.stride(0),
     )
     scores = weights.new_empty(rows, width)
-    compiled = padded_heads(active.shape[1])
+    compiled = padded_heads(active.shape[1] + (shared is not None))
+    shared_q, shared_scale = (q, weights) if shared is None else shared
     launch(
         f"decode_score_{compiled}",
         q=q,
         weights=weights,
         active=active,
+        shared_q=shared_q,
+        shared_scale=shared_scale,
+        shared=int(shared is not None),
         keys=keys,
         scales=scales,
         **table,

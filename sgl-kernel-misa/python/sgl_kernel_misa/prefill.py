@@ -5,7 +5,7 @@ bracket its k-th score; scoring leaves two bits a token; selection scores what l
 whatever the thresholds were.
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from sgl_kernel_misa.checks import PAGE_BYTES, PAGE_SIZE
@@ -44,6 +44,7 @@ def select(
     lengths: torch.Tensor,
     out: torch.Tensor,
     *,
+    shared: Optional[Tuple[torch.Tensor, torch.Tensor]] = None,
     max_context: Optional[int] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
@@ -57,7 +58,8 @@ def select(
     context = max_pages * PAGE_SIZE if max_context is None else max_context
     spans = max(1, -(-context // SPAN))
     words = spans * SPAN // 32
-    scoring = padded_heads(active.shape[1])
+    scoring = padded_heads(active.shape[1] + (shared is not None))
+    shared_q, shared_scale = (q, weights) if shared is None else shared
     tile_rows = rows_per_tile(scoring)
     keys, scales = keys_and_scales(index_k)
     rows_of = dict(cu_rows=cu_rows, lengths=lengths)
@@ -65,6 +67,9 @@ def select(
         q=q,
         weights=weights,
         active=active,
+        shared_q=shared_q,
+        shared_scale=shared_scale,
+        shared=int(shared is not None),
         rows=rows,
         num_heads=q.shape[1],
         active_heads=active.shape[1],

@@ -3,7 +3,7 @@
 import torch
 from sgl_kernel_misa.checks import HEAD_DIM, PAGE_SIZE
 from sgl_kernel_misa.library import launch
-from sgl_kernel_misa.tensors import cluster_ranks
+from sgl_kernel_misa.tensors import cluster_ranks, keys_and_scales
 
 
 def route(
@@ -76,4 +76,53 @@ def route_decode(
         max_pages=max_pages,
         table_stride=page_table.stride(0),
         active_heads=out.shape[1],
+    )
+
+
+ROUTED_TILE_ROWS = 8
+
+
+def route_sampled(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    rows_of: "torch.Tensor | int",
+    lengths: torch.Tensor,
+    heads: torch.Tensor,
+    shared_q: torch.Tensor,
+    shared_scale: torch.Tensor,
+    dealt: torch.Tensor,
+) -> None:
+    """The sampled router: writes heads int32 [T, h - 1], shared_q float8_e4m3fn [T, 128], shared_scale float32 [T].
+
+    Args:
+        rows_of: cu_rows of an extend batch, or the rows of every sequence in decode.
+    """
+    batch, max_pages = page_table.shape
+    keys, scales = keys_and_scales(index_k)
+    decode = isinstance(rows_of, int)
+    cu_rows = lengths if decode else rows_of
+    launch(
+        f"route_sampled_{q.shape[1]}",
+        q=q,
+        weights=weights,
+        keys=keys,
+        scales=scales,
+        page_table=page_table,
+        cu_rows=cu_rows,
+        lengths=lengths,
+        heads=heads,
+        shared_q=shared_q,
+        shared_scale=shared_scale,
+        dealt=dealt,
+        rows_per_seq=rows_of if decode else 0,
+        tiles=batch if decode else q.shape[0] // ROUTED_TILE_ROWS + batch + 1,
+        rows=q.shape[0],
+        pages=index_k.shape[0],
+        batch=batch,
+        max_pages=max_pages,
+        table_stride=page_table.stride(0),
+        routed=heads.shape[1],
+        bounds=cu_rows.shape[0],
     )
