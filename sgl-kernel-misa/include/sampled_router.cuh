@@ -61,8 +61,8 @@ struct Moments {
 };
 
 // c, the slope of the least-squares line through relu(x), and |w| times what the line leaves unsaid, by the sums over n samples.
-// relu is a line where all samples are on one side of 0. Moments are float64, which cancels nothing that the sums hold; the two
-// quotients are not.
+// relu is a line where all samples are on one side of 0. Moments are float64, which cancels nothing that the sums hold; the
+// quotient and the root are not.
 __device__ __forceinline__ void fit_line(Moments sums, int n, float weight, float& slope, float& estimate) {
   slope = sums.above > 0.f ? 1.f : 0.f;
   estimate = 0.f;
@@ -70,9 +70,10 @@ __device__ __forceinline__ void fit_line(Moments sums, int n, float weight, floa
   // relu(x) = r, x = r + m, and r m = 0; all times n squared.
   const double r = sums.above, m = sums.below, cov = -r * m;
   const double var_r = (double)n * sums.above_squares - r * r, var_m = (double)n * sums.below_squares - m * m;
-  const double var_x = var_r + var_m + 2 * cov, rest = var_r * var_m - cov * cov;
-  slope = (float)(var_r + cov) / (float)var_x;
-  estimate = fabsf(weight) * sqrtf(fmaxf((float)rest / (float)var_x, 0.f)) / (float)n;
+  slope = (float)(var_r + cov) / (float)(var_r + var_m + 2 * cov);
+  // relu(x) - c x = (1 - c) r - c m
+  const double c = slope, rest = (1 - c) * (1 - c) * var_r + c * c * var_m - 2 * c * (1 - c) * cov;
+  estimate = fabsf(weight) * (sqrtf(fmaxf((float)rest, 0.f)) / (float)n);
 }
 
 // The slopes and estimates of HEADS heads from an m64 accumulator of their dot products with the samples, of which the row has n.
