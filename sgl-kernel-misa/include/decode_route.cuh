@@ -7,6 +7,7 @@
 
 #include "cluster.cuh"
 #include "gather.cuh"
+#include "layout.cuh"
 #include "route.cuh"
 
 namespace misa {
@@ -15,7 +16,6 @@ constexpr int kThreads = 256;
 constexpr int kTile = kThreads / 16;  // pooled keys at a time: 16 threads average one
 constexpr int kGroup = 16;            // pages of a pooled key whose means are under way at once
 constexpr int kKeyBytes = 320;        // from one pooled key to the next: so the tensor cores' operands meet no bank conflict
-constexpr int kMaxRows = 4;
 
 // The pooled keys of a sequence: those of its complete blocks, then for every row that of the partial block at its end.
 struct Blocks {

@@ -11,10 +11,10 @@ namespace misa {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kFineBins = kThreads;  // of the histograms of candidates
-constexpr unsigned kLastPosition = 0x3fffffu;
 
-// Places in a block's 64 ints of scratch, after two for every warp.
+// Places in a block's ints of scratch, after two for every warp.
 constexpr int kFound = 2 * kWarps, kListed = kFound + 6, kResult = kFound + 8, kMailbox = kFound + 10;
+static_assert(kMailbox + 2 <= kScratch, "they fit");
 
 __device__ __forceinline__ uint64_t* mailbox(int* scratch) { return reinterpret_cast<uint64_t*>(scratch + kMailbox); }
 

@@ -7,7 +7,6 @@
 
 namespace misa {
 
-constexpr int kMaxRows = 4;     // of a sequence
 constexpr int kChunk = 4;       // pages that are dealt out at a time
 constexpr int kShareDealt = 8;  // of all pages the last 1 / 8 are dealt out
 constexpr int kFewPages = 32;   // a block: with fewer none are
@@ -29,7 +28,7 @@ struct Walk {
   int all;      // pages of the batch
 };
 
-static_assert(sizeof(Walk) == 11 * sizeof(int), "the kernel sets 11 ints aside");
+constexpr int kWalkInts = sizeof(Walk) / sizeof(int);  // that the kernel sets aside
 
 // Pages of a sequence that are scored: none if all its rows see at most topk tokens.
 __device__ __forceinline__ int scored_pages(const int* lengths, int sequence, int rows_per_seq, int topk) {

@@ -3,6 +3,7 @@
 
 #include "barrier.cuh"
 #include "block.cuh"
+#include "layout.cuh"
 
 namespace misa {
 
@@ -16,10 +17,10 @@ __device__ __forceinline__ void cp_async_4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
 }
 
-// Bytes from the first key, and from the first scale, of the cache: a page of 64 tokens is 64 * 132 bytes, keys before scales.
-// So written, each is two multiplications and no division.
-__device__ __forceinline__ long long key_offset(unsigned slot) { return (long long)slot * 132 - slot % kPage * 4; }
-__device__ __forceinline__ long long scale_offset(unsigned slot) { return (long long)slot * 132 - slot % kPage * 128; }
+// Bytes from the first key, and from the first scale, of the cache, whose pages hold keys before scales. So written, each is two
+// multiplications and no division.
+__device__ __forceinline__ long long key_offset(unsigned slot) { return (long long)slot * kTokenBytes - slot % kPage * 4; }
+__device__ __forceinline__ long long scale_offset(unsigned slot) { return (long long)slot * kTokenBytes - slot % kPage * kHeadDim; }
 
 // Slots are listed in tiles: the last one is filled up with the last slot. Returns after a barrier.
 template <int THREADS, int TILE>

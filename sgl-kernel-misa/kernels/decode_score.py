@@ -6,11 +6,13 @@ is resident as a whole, share them.
 
 import tilelang.language as T
 
+from kernels.constants import HEAD_DIM, MAX_ROWS, PAGE_BYTES, PAGE_SIZE
 from kernels.dimensions import dimensions
-from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
+from kernels.headers import include
+from kernels.paged_cache import PAGE_WORDS
 
-MAX_ROWS = 4  # kMaxRows of decode_score.cuh
-STAGES = 8
+STAGES = 8  # pages on the chip
+WALK_INTS = 11  # of the way through a batch's pages
 
 
 def get_decode_score_kernel(heads: int):
@@ -55,11 +57,13 @@ def get_decode_score_kernel(heads: int):
 
     @T.prim_func
     def decode_score(
-        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
-        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
+        keys: T.StridedTensor(
+            (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
+        ),
+        scales: T.StridedTensor((pages, PAGE_SIZE), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         scores: T.Tensor((rows, width), T.float32),
@@ -72,15 +76,18 @@ def get_decode_score_kernel(heads: int):
         local_tokens: T.int32,
     ):
         with T.Kernel(blocks, threads=256) as block:
-            T.import_source('#include "score.cuh"\n#include "decode_score.cuh"\n')
+            T.import_source(
+                include("score.cuh", "decode_score.cuh", kWalkInts=WALK_INTS)
+            )
             q_shared = T.alloc_shared(
-                (depth, columns, 128) if depth > 1 else (columns, 128), T.float8_e4m3fn
+                (depth, columns, HEAD_DIM) if depth > 1 else (columns, HEAD_DIM),
+                T.float8_e4m3fn,
             )
             gates = T.alloc_shared((depth, columns), T.float32)
             seen = T.alloc_shared((depth, MAX_ROWS), T.int32)
             segments = T.alloc_shared((depth, 4), T.int32)
-            k_shared = T.alloc_shared((STAGES, 64, 128), T.float8_e4m3fn)
-            s_shared = T.alloc_shared((STAGES, 64), T.float32)
+            k_shared = T.alloc_shared((STAGES, PAGE_SIZE, HEAD_DIM), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((STAGES, PAGE_SIZE), T.float32)
             notes = T.alloc_shared((STAGES, 4), T.int32)
             full = T.alloc_barrier([32] * STAGES)
             empty = T.alloc_barrier([4] * STAGES)
@@ -88,11 +95,11 @@ def get_decode_score_kernel(heads: int):
             announced = T.alloc_barrier([32] * depth)
             ready = T.alloc_barrier([32] * depth)
             free = T.alloc_barrier([128] * depth)
-            acc = T.alloc_fragment((64, columns), T.float32)
+            acc = T.alloc_fragment((PAGE_SIZE, columns), T.float32)
             gate = T.alloc_local((heads,), T.float32)
             scale = T.alloc_local((2,), T.float32)
             score = T.alloc_local((2,), T.float32)
-            walk = T.alloc_local((11,), T.int32)
+            walk = T.alloc_local((WALK_INTS,), T.int32)
             # segment, page of the sequence, pages of the segment after it
             note = T.alloc_local((3,), T.int32)
             sequence = T.alloc_local((3,), T.int32)
@@ -164,14 +171,14 @@ def get_decode_score_kernel(heads: int):
                         T.mbarrier_arrive(full[i % STAGES])
                         T.loop_break()
                     T.tma_copy(
-                        keys[page, 0:64, 0:128],
+                        keys[page, 0:PAGE_SIZE, 0:HEAD_DIM],
                         k_shared[i % STAGES, :, :],
                         barrier=full[i % STAGES],
                         leader_scope_threads=32,
                         eviction_policy="evict_first",
                     )
                     T.tma_copy(
-                        scales[page, 0:64],
+                        scales[page, 0:PAGE_SIZE],
                         s_shared[i % STAGES, :],
                         barrier=full[i % STAGES],
                         leader_scope_threads=32,
@@ -274,7 +281,7 @@ def get_decode_score_kernel(heads: int):
                         "handle",
                         "misa::store_scores",
                         score.data,
-                        note[1] * 64 + token,
+                        note[1] * PAGE_SIZE + token,
                         length,
                         init_tokens,
                         local_tokens,

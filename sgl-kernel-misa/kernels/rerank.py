@@ -2,8 +2,10 @@
 
 import tilelang.language as T
 
+from kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE
 from kernels.dimensions import dimensions
-from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS, get_gather_keys
+from kernels.headers import BINS, SCRATCH, include
+from kernels.paged_cache import PAGE_WORDS, get_gather_keys
 
 THREADS = 256
 TILE = 128
@@ -23,14 +25,19 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
     )
 
     gather_keys = get_gather_keys(THREADS, TILE, STAGES)
+    assert (
+        STAGES * TILE * HEAD_DIM >= 4 * BINS
+    ), "the histogram lies where the keys were"
 
     @T.prim_func
     def rerank(
-        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         candidates: T.Tensor((rows, candidates_), T.int32),
-        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
+        keys: T.StridedTensor(
+            (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
+        ),
+        scales: T.StridedTensor((pages, PAGE_SIZE), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
@@ -43,14 +50,12 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
         with T.Kernel(
             rows * blocks, threads=THREADS, cluster_dims=(blocks, 1, 1)
         ) as block:
-            T.import_source(
-                '#include "gather.cuh"\n#include "score.cuh"\n#include "rerank.cuh"\n'
-            )
+            T.import_source(include("gather.cuh", "score.cuh", "rerank.cuh"))
             scores = T.alloc_shared((capacity,), T.uint32)
-            q_shared = T.alloc_shared((num_heads, 128), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((STAGES, TILE, 128), T.float8_e4m3fn)
+            q_shared = T.alloc_shared((num_heads, HEAD_DIM), T.float8_e4m3fn)
+            k_shared = T.alloc_shared((STAGES, TILE, HEAD_DIM), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, TILE), T.float32)
-            scratch = T.alloc_shared((64,), T.int32)
+            scratch = T.alloc_shared((SCRATCH,), T.int32)
             acc = T.alloc_fragment((TILE, num_heads), T.float32)
             gate = T.alloc_local((num_heads // 4,), T.float32)
             scale = T.alloc_local((2,), T.float32)
@@ -82,7 +87,7 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
                 )
             mine = T.max(T.min(count - rank * share, share), 0)
             offset = 0
-            if form == 2:
+            if form == FORMS["ragged"]:
                 offset = offsets[row]
             for i in T.serial(T.if_then_else(rank == 0, T.ceildiv(topk, THREADS), 0)):
                 if i * THREADS + tx < topk and i * THREADS + tx >= T.min(count, topk):
