@@ -1,8 +1,11 @@
 // Listed tokens of a sequence, and their keys: from the paged cache to shared memory.
+//
+// Why this is CUDA: TileLang gathers through registers, and waits for them before it multiplies; with asynchronous copies
+// the next tile is under way meanwhile.
 #pragma once
 
 #include "barrier.cuh"
-#include "block.cuh"
+#include "cta.cuh"
 #include "layout.cuh"
 
 namespace misa {
@@ -33,9 +36,7 @@ __device__ __forceinline__ void fill_last_tile(unsigned* slots, int count) {
 
 // Begins to copy the keys and scales of the tile of listed slots that begins at `first`, and closes a group of copies, an
 // empty one if there is no such tile.
-//
-// Why this is CUDA: TileLang gathers through registers, and waits for them before it multiplies; with asynchronous copies
-// the next tile is under way meanwhile. The keys go where TileLang's wgmma reads them: rows of 128 bytes whose 16-byte
+// The keys go where TileLang's wgmma reads them: rows of 128 bytes whose 16-byte
 // pieces are swizzled by the row modulo 8.
 template <int THREADS, int TILE>
 __device__ __forceinline__ void gather_keys(const void* keys, const void* scales, const unsigned* slots, int first,

@@ -1,4 +1,6 @@
 // Where the rows of a batch and the tokens of a sequence lie.
+//
+// Why this is CUDA: the other headers need it too, and it also compiles for a CPU, where the tests' emulator runs it.
 #pragma once
 
 namespace misa {

@@ -1,7 +1,7 @@
 // Order statistics of a row's sampled scores.
 #pragma once
 
-#include "block.cuh"
+#include "cta.cuh"
 
 namespace misa {
 

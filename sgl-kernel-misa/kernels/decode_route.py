@@ -15,7 +15,7 @@ KEY_BYTES = 320  # from one of them to the next
 
 
 def get_decode_route_kernel(num_heads: int, ranks: int):
-    """A cluster of `ranks` blocks a sequence; its pooled keys are dealt to them."""
+    """A cluster of `ranks` CTAs a sequence; its pooled keys are dealt to them."""
     rows, pages, batch, max_pages, stride, active_heads = dimensions(
         "rows pages batch max_pages table_stride active_heads"
     )

@@ -1,6 +1,6 @@
 """Exact top-k of a row from its scores.
 
-The blocks of a cluster share a row, each with its part of the scores in registers, and exchange what they count through
+The CTAs of a cluster share a row, each with its part of the scores in registers, and exchange what they count through
 distributed shared memory. A sample bounds the k-th score from below; the few tokens over that bound are listed, and the rest
 is done on the lists. Where that fails, a radix selection looks at all digits of all scores.
 """
@@ -15,7 +15,7 @@ THREADS = 512
 
 
 def get_decode_select_kernel(ranks: int):
-    """A cluster of `ranks` blocks a row. It starts while `decode_score` runs, and prepares what does not depend on it."""
+    """A cluster of `ranks` CTAs a row. It starts while `decode_score` runs, and prepares what does not depend on it."""
     rows, batch, max_pages, stride, width, topk = dimensions(
         "rows batch max_pages table_stride width topk"
     )
@@ -50,7 +50,7 @@ def get_decode_select_kernel(ranks: int):
             offset = 0
             if form == FORMS["ragged"]:
                 offset = offsets[row]
-            # The length is that of the whole cluster: all of its blocks wait for each other, or none.
+            # The length is that of the whole cluster: all of its CTAs wait for each other, or none.
             if length > topk:
                 T.call_extern(
                     "handle",

@@ -23,7 +23,7 @@ _COMMON = {
         kSpan=SPAN,
         kMaxRows=MAX_ROWS,
     ),
-    "block.cuh": dict(
+    "cta.cuh": dict(
         kBins=BINS,
         kScratch=SCRATCH,
         kMaxContext=MAX_CONTEXT,
@@ -38,7 +38,7 @@ def include(*headers: str, **constants: int) -> str:
     """CUDA source that includes headers, and does not compile unless their constants have the values that a kernel relies on.
 
     Args:
-        headers: their names; layout.cuh and block.cuh, whose constants are always asserted, need not be among them.
+        headers: their names; layout.cuh and cta.cuh, whose constants are always asserted, need not be among them.
         constants: those of the headers themselves, by their names in `namespace misa`.
     """
     for common in _COMMON.values():

@@ -9,7 +9,7 @@ GROUP = 16  # pages whose loads are under way at once
 
 
 def get_pool_blocks_kernel():
-    """Thread d of a block averages dimension d of one pooled block, in float64."""
+    """A CTA a pooled block: thread d averages its dimension d, in float64."""
     pages, batch, max_pages, stride, blocks, rows = dimensions(
         "pages batch max_pages table_stride blocks rows"
     )

@@ -2,6 +2,7 @@
 
 import tilelang.language as T
 
+from kernels.accumulator import row_of
 from kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE
 from kernels.dimensions import dimensions
 from kernels.headers import BINS, SCRATCH, include
@@ -12,13 +13,13 @@ TILE = 128
 STAGES = 2  # tiles on the chip: one is scored while the next is gathered; so three CTAs fit on an SM
 
 
-def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
+def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
     """Gathered keys on the M side of a wgmma, the row's heads on the N side.
 
     Args:
         num_heads: heads of the indexer, H.
         capacity: most candidates a row may have.
-        blocks: CTAs that share a row, a cluster: each scores a part of the candidates, the first one selects.
+        ranks: CTAs that share a row, a cluster: each scores a part of the candidates, the first one selects.
     """
     rows, pages, batch, max_pages, stride, candidates_, topk = dimensions(
         "rows pages batch max_pages table_stride num_candidates topk"
@@ -47,9 +48,7 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
         local_tokens: T.int32,
         form: T.int32,
     ):
-        with T.Kernel(
-            rows * blocks, threads=THREADS, cluster_dims=(blocks, 1, 1)
-        ) as block:
+        with T.Kernel(rows * ranks, threads=THREADS, cluster_dims=(ranks, 1, 1)) as cta:
             T.import_source(include("gather.cuh", "score.cuh", "rerank.cuh"))
             scores = T.alloc_shared((capacity,), T.uint32)
             q_shared = T.alloc_shared((num_heads, HEAD_DIM), T.float8_e4m3fn)
@@ -64,10 +63,10 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
             mine = T.alloc_var(T.int32)
             offset = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
-            row = T.truncdiv(block, blocks)
-            rank = T.truncmod(block, blocks)
-            share = T.ceildiv(T.ceildiv(candidates_, blocks), TILE) * TILE
-            entry = tx // 32 * 16 + tx % 32 // 4
+            row = T.truncdiv(cta, ranks)
+            rank = T.truncmod(cta, ranks)
+            share = T.ceildiv(T.ceildiv(candidates_, ranks), TILE) * TILE
+            entry = row_of(tx)
             seq = T.call_extern(
                 "int32", "misa::sequence_of_row", cu_rows.data, batch, row
             )
@@ -121,7 +120,7 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
                         s_shared,
                     )
                     T.call_extern("handle", f"misa::wait_gathered<{STAGES - 1}>")
-                    T.sync_threads()
+                    T.sync_threads()  # the tile is there
                     T.gemm(
                         k_shared[tile % STAGES, :, :],
                         q_shared,
@@ -146,11 +145,12 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
                             scores[tile * TILE + entry + rr * 8] = T.call_extern(
                                 "uint32", "misa::ordered", score[rr]
                             )
+                    # The tile was read: the next gather overwrites it. And its slots have become scores.
                     T.sync_threads()
-                if blocks > 1:
+                if ranks > 1:
                     T.call_extern(
                         "handle",
-                        f"misa::collect_scores<{THREADS}, {blocks}>",
+                        f"misa::collect_scores<{THREADS}, {ranks}>",
                         T.address_of(scores[0]),
                         share,
                         count,

@@ -6,6 +6,7 @@ E[j] = |w[j]| / M * sum over the row's M pooled blocks of relu(q[j] . kbar[b]). 
 
 import tilelang.language as T
 
+from kernels.accumulator import row_of
 from kernels.constants import HEAD_DIM, PAGE_SIZE
 from kernels.dimensions import dimensions
 from kernels.headers import include
@@ -81,6 +82,7 @@ def get_route_kernel(num_heads: int):
                 sums[rr] = 0.0
             # All above comes from before `pool_blocks`.
             T.pdl_sync()
+            # Barriers: the tile of pooled keys is zeroed and loaded; the partial block's has joined it; it was read.
             for first in T.serial(T.ceildiv(count, BLOCKS)):
                 for i in T.unroll(BLOCKS // 8):
                     b = i * 8 + tx // 16
@@ -105,7 +107,7 @@ def get_route_kernel(num_heads: int):
                 )
                 T.sync_threads()
             for rr in T.unroll(2):
-                h = tx // 32 * 16 + tx % 32 // 4 + rr * 8
+                h = row_of(tx) + rr * 8
                 sums[rr] = T.call_extern("float32", "misa::quad_sum", sums[rr])
                 if tx % 4 == 0 and h < num_heads:
                     estimate = 0.0
@@ -114,7 +116,7 @@ def get_route_kernel(num_heads: int):
                             T.abs(weights[row, h]) * sums[rr] / T.cast(count, T.float32)
                         )
                     head_keys[h] = T.call_extern("uint32", "misa::head_key", estimate)
-            T.sync_threads()
+            T.sync_threads()  # the keys are written
             T.call_extern(
                 "handle",
                 "misa::pick_heads",

@@ -8,7 +8,7 @@ from kernels.paged_cache import PAGE_WORDS
 
 
 def get_update_pooled_keys_kernel(slot_type: str):
-    """Thread d of a block sums dimension d of a page, in float64 and in the order of the tokens."""
+    """Thread d of a CTA sums dimension d of a page, in float64 and in the order of the tokens."""
     tokens, pages = dimensions("tokens pages")
 
     @T.prim_func
@@ -20,7 +20,7 @@ def get_update_pooled_keys_kernel(slot_type: str):
         slots: T.Tensor((tokens,), slot_type),
         pooled_keys: T.Tensor((pages, HEAD_DIM), T.bfloat16),
     ):
-        # One slot a block: pages that one step completes do not wait for each other.
+        # One slot a CTA: pages that one step completes do not wait for each other.
         with T.Kernel(tokens, threads=HEAD_DIM) as token:
             total = T.alloc_var(T.float64)
             page = T.alloc_var(T.int32)

@@ -1,4 +1,6 @@
-// Radix selection by one thread block.
+// Radix selection by one CTA.
+//
+// Why this is CUDA: it also compiles for a CPU, where the tests' emulator runs it, and TileLang finds no bin of a histogram.
 #pragma once
 
 #include "layout.cuh"
@@ -33,7 +35,7 @@ __device__ __forceinline__ int warp_inclusive_scan(int value) {
 
 // Sum over the threads before this one, and the sum over all. scratch holds 32 ints; every thread must call this.
 template <int THREADS>
-__device__ __forceinline__ int block_exclusive_scan(int value, int* scratch, int& total) {
+__device__ __forceinline__ int cta_exclusive_scan(int value, int* scratch, int& total) {
   const int warp = threadIdx.x / 32;
   const int inclusive = warp_inclusive_scan(value);
   __syncthreads();
@@ -68,7 +70,7 @@ __device__ __forceinline__ void find_bin(const int* bins, int need, int* scratch
 #pragma unroll
   for (int i = 0; i < kPer; ++i) sum += count[i];
   int total;
-  int above = block_exclusive_scan<THREADS>(sum, scratch, total);
+  int above = cta_exclusive_scan<THREADS>(sum, scratch, total);
   need = min(need, total);
 #pragma unroll
   for (int i = kPer - 1; i >= 0; --i) {
