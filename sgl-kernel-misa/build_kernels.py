@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,19 @@ CUTLASS_INCLUDES = (
     "#include <cutlass/arch/barrier.h>\n#include <cutlass/cuda_host_adapter.hpp>\n"
 )
 
+# The smallest library that takes all tools: nvcc, ptxas, the host's compiler and the linker with the list of exports.
+PROBE = "probe"
+PROBE_SOURCE = """\
+#include <cuda_runtime.h>
+__global__ void probe_kernel(int* out) { *out = 1; }
+extern "C" int probe_call(int* out, cudaStream_t stream) {
+  probe_kernel<<<1, 1, 0, stream>>>(out);
+  return 0;
+}
+extern "C" int probe_init() { return 0; }
+extern "C" const char* probe_get_last_error() { return ""; }
+"""
+
 # How the types of a host function's parameters are called in the manifest.
 SCALARS = {
     "int": "int32",
@@ -94,17 +108,62 @@ def find_nvcc() -> Path:
     for candidate in candidates:
         found = shutil.which(candidate)
         if found:
-            return Path(found)
+            return Path(found).absolute()
     raise RuntimeError(
         f"nvcc is needed to compile the kernels and was not found (tried {', '.join(candidates)}). "
         f"Set NVCC or CUDA_HOME to one, or: pip install --no-deps -r {ROOT / 'build-requirements.txt'}"
     )
 
 
+def prepare(folder: Path) -> None:
+    """Make the folder that nvcc runs in, with links to all that a command names.
+
+    nvcc pastes its arguments into the command lines of a shell and of the linker, not all of them quoted. Every path that
+    it is given is therefore relative to this folder and plain, whatever the folder itself is called.
+    """
+    import tilelang.env
+
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = {
+        "cuda": find_nvcc().parent.parent,
+        "include": INCLUDE,
+        "tilelang": tilelang.env.TILELANG_TEMPLATE_PATH,
+        "cutlass": tilelang.env.CUTLASS_INCLUDE_DIR,
+    }
+    for name, target in targets.items():
+        link = folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(target, target_is_directory=True)
+
+
+def run_nvcc(folder: Path, *arguments: str) -> str:
+    """Run nvcc in a folder that `prepare` has made.
+
+    Returns:
+        what nvcc printed.
+
+    Raises:
+        RuntimeError: nvcc failed; with its output.
+    """
+    nvcc = find_nvcc()
+    command = [f"cuda/{nvcc.parent.name}/{nvcc.name}", *arguments]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"nvcc failed in {folder}\n{shlex.join(command)}\n{done.stdout}"
+        )
+    return done.stdout
+
+
 @functools.lru_cache(maxsize=None)
-def nvcc_version() -> str:
-    text = subprocess.check_output([find_nvcc(), "--version"], text=True)
-    return re.search(r"\bV([\d.]+)", text).group(1)
+def nvcc_version(folder: Path) -> str:
+    return re.search(r"\bV([\d.]+)", run_nvcc(folder, "--version")).group(1)
 
 
 def generate(name: str, kernel, architecture: Architecture) -> str:
@@ -212,41 +271,25 @@ def compile_object(
         RuntimeError: nvcc failed; with its output.
     """
     import tilelang
-    from tilelang import env
 
     cu, obj, dep, record = (
         folder / f"{name}{suffix}" for suffix in (".cu", ".o", ".d", ".json")
     )
-    command = [
-        find_nvcc(),
-        "-c",
-        cu,
-        "-o",
-        obj,
-        *NVCC_FLAGS,
-        architecture.gencode,
-        "-Xptxas",
-        "-v",
-        "-MD",
-        "-MF",
-        dep,
-    ]
-    command += [
-        "-I",
-        INCLUDE,
-        "-isystem",
-        env.TILELANG_TEMPLATE_PATH,
-        "-isystem",
-        env.CUTLASS_INCLUDE_DIR,
-    ]
-    command = [str(part) for part in command]
+    command = ["-c", cu.name, "-o", obj.name, *NVCC_FLAGS, architecture.gencode]
+    command += ["-Xptxas", "-v", "-MD", "-MF", dep.name]
+    command += ["-I", "include", "-isystem", "tilelang", "-isystem", "cutlass"]
     # The versions stand for the headers of TileLang and CUDA; our own are hashed one by one.
-    key = [command, nvcc_version(), tilelang.__version__, _digest(source.encode())]
+    key = [
+        command,
+        nvcc_version(folder),
+        tilelang.__version__,
+        _digest(source.encode()),
+    ]
 
     if obj.exists() and record.exists():
         made = json.loads(record.read_text())
         if made["key"] == key and all(
-            _digest_file(Path(path)) == made["headers"][path]
+            _digest_file(folder / path) == made["headers"][path]
             for path in made["headers"]
         ):
             return [Usage(**usage) for usage in made["usage"]], ""
@@ -254,27 +297,19 @@ def compile_object(
     cu.write_text(source)
     obj.unlink(missing_ok=True)
     record.unlink(missing_ok=True)
-    done = subprocess.run(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{name}: nvcc failed\n{' '.join(command)}\n{done.stdout}")
-    usage = parse_usage(done.stdout)
-    included = [
-        Path(path.replace("\\ ", " "))
-        for path in re.findall(r"(?:[^\s\\]|\\ )+", dep.read_text())
-    ]
+    output = run_nvcc(folder, *command)
+    usage = parse_usage(output)
+    # Our headers are those below the link; the names of others may hold anything.
     headers = {
-        str(path): _digest_file(path)
-        for path in included
-        if INCLUDE in path.resolve().parents
+        path: _digest_file(folder / path)
+        for path in re.findall(r"(?<!\S)include/\S+", dep.read_text())
     }
     record.write_text(
         json.dumps(
             {"key": key, "headers": headers, "usage": [asdict(u) for u in usage]}
         )
     )
-    return usage, done.stdout
+    return usage, output
 
 
 def parse_usage(text: str) -> List[Usage]:
@@ -303,33 +338,28 @@ def link(
     ]
     exports.write_text(f"{{ global: {' '.join(functions)} local: *; }};\n")
     linked = folder / library.name
-    command = [
-        find_nvcc(),
-        "-shared",
-        "-cudart",
-        "static",
-        architecture.gencode,
-        "-o",
-        linked,
-    ]
+    command = ["-shared", "-cudart", "static", architecture.gencode, "-o", linked.name]
     # NVIDIA's packages keep the libraries in lib, where nvcc does not look; $CUDA_HOME has them in lib64.
-    command += [
-        "-L",
-        find_nvcc().parent.parent / "lib",
-        "-Xlinker",
-        f"--version-script={exports}",
-    ]
-    command += [folder / f"{name}.o" for name in names]
-    done = subprocess.run(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"linking {library.name} failed\n{done.stdout}")
+    command += ["-L", "cuda/lib", "-Xlinker", f"--version-script={exports.name}"]
+    run_nvcc(folder, *command, *(f"{name}.o" for name in names))
     # In one step, so that a process that has the old library loaded keeps it.
     library.parent.mkdir(parents=True, exist_ok=True)
     staged = library.with_suffix(".new")
     shutil.copyfile(linked, staged)
     os.replace(staged, library)
+
+
+def try_tools(architecture: Architecture, folder: Path) -> None:
+    """Compile and link a small library and put it where the real one goes: what fails at the end fails here first.
+
+    Raises:
+        RuntimeError: nvcc cannot compile or link.
+        OSError: the library cannot be put there.
+    """
+    compile_object(PROBE, PROBE_SOURCE, architecture, folder)
+    library = LIB / f"{PROBE}.so"
+    link([PROBE], architecture, folder, library)
+    library.unlink()
 
 
 def build(
@@ -352,7 +382,6 @@ def build(
     find_nvcc()
     sys.path.insert(0, str(ROOT))
     import tilelang
-
     from kernels import KERNELS
 
     if tilelang.__version__ != TILELANG:
@@ -372,7 +401,8 @@ def build(
     for label in architectures:
         architecture = ARCHITECTURES[label]
         folder = BUILD / label
-        folder.mkdir(parents=True, exist_ok=True)
+        prepare(folder)
+        try_tools(architecture, folder)
         arguments: Dict[str, List[Tuple[str, str]]] = {}
         compiled: Dict[str, Future] = {}
         with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
@@ -402,7 +432,7 @@ def build(
             "library": library.name,
             "capability": architecture.capability,
             "tilelang": tilelang.__version__,
-            "nvcc": nvcc_version(),
+            "nvcc": nvcc_version(folder),
             "sources": sources_digest(),
             "kernels": arguments,
         }
