@@ -1,5 +1,8 @@
 """The arguments, however they are given, and every refusal."""
 
+import copy
+import dataclasses
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,9 +11,11 @@ import pytest
 import torch
 from server import server_env
 
-from sglang.srt.layers.misa import operations
+from sglang.srt.layers.misa import operations, plugin
 from sglang.srt.layers.misa import server_args as module
+from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
+from sglang.srt.server_args import ServerArgs
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="resolves arguments for the CPU engine"
@@ -305,7 +310,54 @@ def test_without_misa_nothing_is_refused(model):
     args = prepare_server_args(
         ["--model-path", model, *FLAGS, "--enable-hierarchical-cache"]
     )
-    assert not args.enable_misa
+    assert module.misa_config(args) is None
+    args = prepare_server_args(["--model-path", model, *FLAGS, "--misa-block-size=7"])
+    assert module.misa_config(args) is None
+
+
+@dataclasses.dataclass
+class OtherArgs(ServerArgs):
+    """Another plugin's class."""
+
+    other: int = 3
+
+
+def test_copies(parse, monkeypatch):
+    """However they are copied, the arguments stay what they are, and a process that gets them has to have MISA."""
+    args = parse("--misa-active-heads 4")
+    for copied in (
+        copy.copy(args),
+        copy.deepcopy(args),
+        dataclasses.replace(args, misa_block_size=128),
+    ):
+        assert type(copied) is type(args) and isinstance(copied, ServerArgs)
+        assert module.misa_config(copied).active_heads == 4
+    monkeypatch.setattr(plugin, "required", False)
+    assert pickle.loads(pickle.dumps(args)) == args
+    assert plugin.required
+    off = dataclasses.replace(args, enable_misa=False)
+    assert module.misa_config(off) is None
+    on = dataclasses.replace(off, enable_misa=True)
+    assert module.misa_config(on) == module.misa_config(args)
+
+
+def test_with_the_class_of_another_plugin(parse):
+    given = vars(parse("--misa-active-heads 4"))
+    given = {x.name: given[x.name] for x in dataclasses.fields(ServerArgs)}
+    args = module.with_misa(OtherArgs)(**given, enable_misa=True, other=5)
+    args = pickle.loads(pickle.dumps(args))
+    assert isinstance(args, OtherArgs) and args.other == 5
+    assert module.misa_config(args) == MisaConfig()
+
+
+def test_a_program_that_makes_its_own_arguments(parse):
+    """As `Engine` does, by keyword; without `enable_misa` what else MISA takes means nothing."""
+    given = vars(parse())
+    given = {x.name: given[x.name] for x in dataclasses.fields(ServerArgs)}
+    args = ServerArgs(**given, enable_misa=True, misa_active_heads=4)
+    assert module.misa_config(args) == MisaConfig(active_heads=4)
+    for values in ({}, {"enable_misa": False}, {"misa_active_heads": 4}):
+        assert type(ServerArgs(**given, **values)) is ServerArgs
 
 
 def test_yaml_config(parse, tmp_path):

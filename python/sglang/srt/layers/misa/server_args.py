@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable, NamedTuple
+import argparse
+import functools
+from dataclasses import dataclass, fields
+from typing import Callable, NamedTuple, Optional
 
-from sglang.srt.arg_groups.arg_utils import NS, A
+from sglang.srt.arg_groups.arg_utils import NS, A, add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import plugin
+from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import (
     EVAL_SELECTION_ENV,
     SELECTIONS,
@@ -26,12 +29,11 @@ from sglang.srt.utils import is_cpu, is_hip
 
 
 @dataclass
-class MisaServerArgs(ServerArgs):
-    """`ServerArgs` with the `--misa-*` arguments; validated where ServerArgs is.
+class MisaArguments:
+    """The `--misa-*` arguments, which `with_misa` adds to a class of server arguments; validated where that is.
 
     Raises:
         ValueError: `enable_misa` is set and a value or a combination is not supported.
-        ValueError: SGLANG_MISA_EVAL_SELECTION is set and `enable_misa` is not.
         RuntimeError: `enable_misa` is set and a hook on SGLang did not engage.
     """
 
@@ -65,21 +67,88 @@ class MisaServerArgs(ServerArgs):
         super().__post_init__()
         if self.enable_misa:
             check_misa_server_args(self)
-        elif eval_selection() is not None:
-            raise ValueError(
-                f"{EVAL_SELECTION_ENV} is set without --enable-misa; add --enable-misa or unset it."
-            )
 
-    def __setstate__(self, state):
-        # Arguments reach a scheduler before it loads its plugins; from here on it must not do without this one.
-        self.__dict__.update(state)
-        plugin.required = self.enable_misa
+    def __reduce__(self):
+        return _restored, (self._base, self.__dict__)
+
+
+@functools.cache
+def with_misa(base: type) -> type:
+    """The class of server arguments `base`, SGLang's or another plugin's, with `MisaArguments`."""
+    if issubclass(base, MisaArguments):
+        return base
+    members = {"__module__": __name__, "_base": base}
+    return dataclass(type("MisaServerArgs", (MisaArguments, base), members))
+
+
+def _restored(base: type, state: dict) -> MisaArguments:
+    """Arguments from a pickle or a copy: a class that `with_misa` made has no name to be found by."""
+    # They reach a scheduler before it loads its plugins; from here on it must not do without this one.
+    plugin.required = state["enable_misa"]
+    args = object.__new__(with_misa(base))
+    args.__dict__.update(state)
+    return args
+
+
+# The hooks on ServerArgs. The class itself stays, and so do its instances without MISA: whoever has made some before
+# plugins load can use them, and another plugin can replace the class.
+
+
+def add_cli_args(_, parser: argparse.ArgumentParser) -> None:
+    """After `ServerArgs.add_cli_args`."""
+    add_cli_args_from_dataclass(parser, MisaArguments)
+
+
+def from_cli_args(original, *args):
+    """Around the classmethod `ServerArgs.from_cli_args`.
+
+    SGLang hands it over without its class where that is another plugin's and inherits the method.
+    """
+    *cls, namespace = args
+    if not getattr(namespace, "enable_misa", False):
+        return original(*args)
+    (cls,) = cls or (original.__self__,)
+    return getattr(original, "__func__", original)(with_misa(cls), namespace)
+
+
+def initialize(original, self, *args, **values) -> None:
+    """Around `ServerArgs.__init__`: with `enable_misa`, `self` gets the class that has it.
+
+    Raises:
+        ValueError: SGLANG_MISA_EVAL_SELECTION is set and `enable_misa` is not.
+    """
+    misa = {
+        field.name: values.pop(field.name)
+        for field in fields(MisaArguments)
+        if field.name in values
+    }
+    if misa.get("enable_misa"):
+        self.__class__ = with_misa(type(self))
+        self.__init__(*args, **values, **misa)
+        return
+    original(self, *args, **values)
+    if eval_selection() is not None:
+        raise ValueError(
+            f"{EVAL_SELECTION_ENV} is set without --enable-misa; add --enable-misa or unset it."
+        )
+
+
+def misa_config(server_args: ServerArgs) -> Optional[MisaConfig]:
+    """The configuration of a server, or None where MISA is off."""
+    if not isinstance(server_args, MisaArguments) or not server_args.enable_misa:
+        return None
+    return MisaConfig(
+        active_heads=server_args.misa_active_heads,
+        block_size=server_args.misa_block_size,
+        rerank_candidates=server_args.misa_rerank_candidates,
+        min_context=server_args.misa_min_context,
+    )
 
 
 class Refusal(NamedTuple):
     """A condition on the resolved server args under which MISA does not start, and what it says then."""
 
-    applies: Callable[[MisaServerArgs], bool]
+    applies: Callable[[MisaArguments], bool]
     message: str
 
 
@@ -160,12 +229,12 @@ REFUSALS = (
 )
 
 
-def _has_cuda_graphs(args: MisaServerArgs) -> bool:
+def _has_cuda_graphs(args: MisaArguments) -> bool:
     graphs = args.cuda_graph_config
     return any(x.backend != Backend.DISABLED for x in (graphs.decode, graphs.prefill))
 
 
-def check_misa_server_args(args: MisaServerArgs) -> None:
+def check_misa_server_args(args: MisaArguments) -> None:
     """Refuse what MISA can't serve, in one sentence that names the flag and the remedy.
 
     Raises:
@@ -190,7 +259,7 @@ def check_misa_server_args(args: MisaServerArgs) -> None:
         _check_kernels(args, hf_config.index_n_heads, hf_config.index_topk)
 
 
-def _check_values(args: MisaServerArgs, num_heads: int, topk: int) -> None:
+def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
     if topk < PAGE_SIZE:
         raise ValueError(
             f"--enable-misa needs a model that selects at least {PAGE_SIZE} tokens, not index_topk={topk}; "
@@ -216,7 +285,7 @@ def _check_values(args: MisaServerArgs, num_heads: int, topk: int) -> None:
         )
 
 
-def _check_kernels(args: MisaServerArgs, num_heads: int, topk: int) -> None:
+def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
     if problem := kernels_problem():
         raise ValueError(f"--enable-misa: {problem}.")
     if num_heads not in KERNEL_HEADS:
