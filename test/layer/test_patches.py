@@ -1,5 +1,6 @@
 """A hook that did not engage is noticed, whichever it is."""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
-from sglang.srt.layers.misa import doctor, patches, plugin
+from sglang.srt.layers.misa import doctor, patches, plugin, process
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 
 
@@ -28,6 +29,8 @@ def test_a_hook_that_did_not_engage(patch, monkeypatch, capsys):
     with pytest.raises(RuntimeError) as error:
         patches.check_engaged()
     assert patch.target in str(error.value)
+    # SGLang runs as many processes: which of them was it?
+    assert f"process {os.getpid()} (" in str(error.value)
     assert doctor.main() == 1
     assert f"FAILED {patch.kind.value:8} {patch.target}" in capsys.readouterr().out
 
@@ -83,12 +86,14 @@ def test_doctor_finds_kernels_that_run(monkeypatch, capsys):
 
 def test_a_plugin_that_fails_to_load_ends_a_process_that_needs_it(monkeypatch):
     monkeypatch.setattr(patches, "PATCHES", None)
-    monkeypatch.setattr(plugin, "required", False)
+    monkeypatch.setattr(process, "requires_misa", False)
     with pytest.raises(TypeError):
         plugin.register()
-    monkeypatch.setattr(plugin, "required", True)
+    monkeypatch.setattr(process, "requires_misa", True)
     # Not an Exception: SGLang logs those and goes on.
-    with pytest.raises(SystemExit, match="--enable-misa: the plugin failed to load"):
+    with pytest.raises(
+        SystemExit, match=f"the plugin failed to load in process {os.getpid()}"
+    ):
         plugin.register()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from server import server_env
 
-from sglang.srt.layers.misa import operations, plugin
+from sglang.srt.layers.misa import operations, process
 from sglang.srt.layers.misa import server_args as module
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
@@ -105,6 +105,7 @@ def test_values_that_are_no_numbers(parse, flag, capsys):
 
 
 COMBINATIONS = [
+    ("--use-ray", "drop --use-ray"),
     ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
     ("--dcp-size 2 --tp-size 2", "drop --dcp-size"),
     ("--disaggregation-mode prefill", "drop --disaggregation-mode"),
@@ -332,9 +333,9 @@ def test_copies(parse, monkeypatch):
     ):
         assert type(copied) is type(args) and isinstance(copied, ServerArgs)
         assert module.misa_config(copied).active_heads == 4
-    monkeypatch.setattr(plugin, "required", False)
+    monkeypatch.setattr(process, "requires_misa", False)
     assert pickle.loads(pickle.dumps(args)) == args
-    assert plugin.required
+    assert process.requires_misa
     off = dataclasses.replace(args, enable_misa=False)
     assert module.misa_config(off) is None
     on = dataclasses.replace(off, enable_misa=True)

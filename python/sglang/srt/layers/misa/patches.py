@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import torch
 
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
-from sglang.srt.layers.misa import hooks, server_args
+from sglang.srt.layers.misa import hooks, process, server_args
 from sglang.srt.layers.misa.evaluation import (
     EVAL_SELECTION_ENV,
     SELECTIONS,
@@ -84,7 +84,7 @@ def check_engaged() -> None:
     """
     if found := problems():
         raise RuntimeError(
-            f"--enable-misa: {found[0]} `python -m sglang.srt.layers.misa.doctor` lists all checks."
+            f"--enable-misa in {process.description()}: {found[0]} `python -m sglang.srt.layers.misa.doctor` lists all checks."
         )
 
 

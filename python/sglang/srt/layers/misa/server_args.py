@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple, Optional
 
 from sglang.srt.arg_groups.arg_utils import NS, A, add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
-from sglang.srt.layers.misa import plugin
+from sglang.srt.layers.misa import process
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import (
     EVAL_SELECTION_ENV,
@@ -84,7 +84,7 @@ def with_misa(base: type) -> type:
 def _restored(base: type, state: dict) -> MisaArguments:
     """Arguments from a pickle or a copy: a class that `with_misa` made has no name to be found by."""
     # They reach a scheduler before it loads its plugins; from here on it must not do without this one.
-    plugin.required = state["enable_misa"]
+    process.requires_misa = state["enable_misa"]
     args = object.__new__(with_misa(base))
     args.__dict__.update(state)
     return args
@@ -160,6 +160,10 @@ REFUSALS = (
     Refusal(
         lambda args: args.device == "cpu" and not is_cpu(),
         "--enable-misa on --device cpu needs the CPU engine of the test suite; set SGLANG_USE_CPU_ENGINE=1.",
+    ),
+    Refusal(
+        lambda args: args.use_ray,
+        "--enable-misa does not support Ray: SGLang loads no plugins in its actors; drop --use-ray.",
     ),
     Refusal(
         lambda args: args.attn_cp_size > 1 or args.enable_dsa_prefill_context_parallel,
