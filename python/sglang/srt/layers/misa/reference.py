@@ -12,6 +12,10 @@ against it. Shapes used throughout:
 Every selection returns int64 [T, topk]: positions in ascending order, padded with -1. Equal scores are broken in
 favour of the lower position. Forced tokens (a model's index_init_tokens and index_local_tokens) score +inf.
 
+Where a score is NaN, a row still selects exactly min(topk, lengths[t]) positions that it sees, each once. Here NaN counts as
+-inf; which positions the kernels choose then is not specified. In the same way, active_heads heads are chosen, each once,
+whatever the estimates are.
+
 Sources: DSA, arXiv 2512.02556 (eq. 1); MISA, arXiv 2605.07363; HISA, arXiv 2603.28458.
 """
 
@@ -52,8 +56,14 @@ def visible(lengths: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
+def nan_is_lowest(scores: torch.Tensor) -> torch.Tensor:
+    """The scores with -inf where they are NaN."""
+    return scores.masked_fill(scores.isnan(), float("-inf"))
+
+
 def top_positions(scores, allowed, topk: int) -> torch.Tensor:
     """The `topk` positions of highest score among the `allowed` ones (bool [T, S]) of every row."""
+    scores = nan_is_lowest(scores)
     # Two stable sorts order the positions by (allowed, score, lower position first).
     order = scores.sort(dim=1, descending=True, stable=True).indices
     ranks = allowed.gather(1, order).int().sort(dim=1, descending=True, stable=True)

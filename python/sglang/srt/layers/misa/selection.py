@@ -9,10 +9,11 @@ from typing import Optional
 import torch
 
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.layers.misa.reference import nan_is_lowest
 
 
 def topk_mask(scores: torch.Tensor, allowed: torch.Tensor, k: int) -> torch.Tensor:
-    """The k best of the allowed entries of every row, or all of them where there are fewer.
+    """The k best of the allowed entries of every row, or all of them where there are fewer; NaN counts as -inf.
 
     Args:
         scores: float32 [T, S].
@@ -24,7 +25,7 @@ def topk_mask(scores: torch.Tensor, allowed: torch.Tensor, k: int) -> torch.Tens
     """
     if scores.shape[1] <= k:
         return allowed
-    scores = scores.masked_fill(~allowed, float("-inf"))
+    scores = nan_is_lowest(scores).masked_fill(~allowed, float("-inf"))
     threshold = scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     above = allowed & (scores > threshold)
     ties = allowed & (scores == threshold)
