@@ -8,7 +8,7 @@ import pytest
 import torch
 from inputs import make_inputs, write_cache
 
-from sglang.srt.layers.misa import operations, reference, torch_operations
+from sglang.srt.layers.misa import config, operations, reference, torch_operations
 
 NAMES = [
     "update_pooled_keys",
@@ -40,6 +40,11 @@ def test_the_kernels_take_the_same_arguments(name):
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
     assert parameters(kernels) == parameters(torch_operations)
+
+
+def test_the_longest_context_is_the_kernels():
+    checks = pytest.importorskip("sgl_kernel_misa.checks")
+    assert config.MAX_CONTEXT == checks.MAX_CONTEXT
 
 
 def test_kernels_that_run(monkeypatch):

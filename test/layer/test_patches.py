@@ -1,6 +1,7 @@
 """A hook that did not engage is noticed, whichever it is."""
 
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -62,6 +63,23 @@ def test_an_unknown_sglang(monkeypatch):
 def test_doctor_says_ready(capsys):
     assert doctor.main() == 0
     assert "MISA is ready." in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="SGLang's indexer can be imported there"
+)
+def test_doctor_in_a_plain_shell():
+    """Where SGLang's own indexer cannot be imported, that is what the doctor says."""
+    from sglang_cpu_engine.launch import ENVIRONMENT
+
+    env = {name: os.environ[name] for name in os.environ.keys() - ENVIRONMENT.keys()}
+    command = [sys.executable, "-m", "sglang.srt.layers.misa.doctor"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 1
+    first, _, *rest = result.stdout.splitlines()
+    assert first.startswith("sglang 0.5.17, torch ") and first.endswith(", no GPU")
+    assert rest[0].startswith("FAILED the plugin does not load: ")
+    assert "set SGLANG_USE_CPU_ENGINE=1" in rest[1]
 
 
 def test_doctor_wants_kernels_on_a_gpu_only(monkeypatch, capsys):

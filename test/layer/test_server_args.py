@@ -13,7 +13,7 @@ from server import server_env
 
 from sglang.srt.layers.misa import operations, process
 from sglang.srt.layers.misa import server_args as module
-from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
 from sglang.srt.server_args import ServerArgs
 
@@ -70,8 +70,9 @@ def test_values_at_the_bounds_are_accepted(parse):
         "--misa-active-heads 1",
         f"--misa-active-heads {HEADS}",
         "--misa-block-size 64",
-        "--misa-block-size 131072",
+        f"--misa-block-size {MAX_CONTEXT}",
         f"--misa-rerank-candidates {TOPK}",
+        f"--misa-rerank-candidates {MAX_CONTEXT}",
         "--misa-min-context 0",
         "--misa-min-context 4096",
     ):
@@ -87,6 +88,9 @@ def test_values_at_the_bounds_are_accepted(parse):
         ("--misa-block-size 0", "positive multiple of 64"),
         ("--misa-block-size -64", "positive multiple of 64"),
         ("--misa-block-size 100", "positive multiple of 64"),
+        ("--misa-block-size 4194368", "at most 4194304"),
+        ("--misa-block-size 2147483648", "at most 4194304"),
+        ("--misa-rerank-candidates 4194305", "at most 4194304"),
         ("--misa-rerank-candidates 255", "at least 256"),
         ("--misa-rerank-candidates -1", "at least 256"),
         ("--misa-min-context -1", "use 0"),
@@ -296,6 +300,30 @@ def test_a_model_without_dsa(parse, tiny_model, tmp_path):
     )
     message = refusal(parse, "--attention-backend torch_native", path)
     assert "DeepSeek Sparse Attention" in message and "drop --enable-misa" in message
+
+
+@pytest.mark.parametrize("name", ["index_n_heads", "index_topk"])
+@pytest.mark.parametrize("value", [None, 0, -1, "64", 64.0, True, [64]])
+def test_a_model_whose_config_is_wrong(parse, name, value, monkeypatch):
+    """`None` stands for a config without the value too."""
+    args = parse()
+    hf_config = copy.copy(args.get_model_config().hf_config)
+    setattr(hf_config, name, value)
+    monkeypatch.setattr(args.get_model_config(), "hf_config", hf_config)
+    # Without index_topk a model is none with DSA.
+    monkeypatch.setattr(module, "is_deepseek_dsa", lambda _: True)
+    message = refusal(module.check_misa_server_args, args)
+    assert f"{name}={value!r}" in message and "drop --enable-misa" in message
+    delattr(hf_config, name)
+    assert f"{name}=None" in refusal(module.check_misa_server_args, args)
+
+
+@pytest.mark.parametrize("index_n_heads", [None, 0])
+def test_a_server_whose_models_config_is_wrong(
+    parse, tiny_model, tmp_path, index_n_heads
+):
+    path = model_with(tiny_model, tmp_path, index_n_heads=index_n_heads)
+    assert "index_n_heads=" in refusal(parse, "", path)
 
 
 def test_a_model_that_selects_less_than_a_page(parse, tiny_model, tmp_path):

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Tokens of the longest sequence that the kernels and the layer take: a position has 22 bits in a kernel's sort key.
+MAX_CONTEXT = 1 << 22
+
 
 @dataclass(frozen=True)
 class MisaConfig:

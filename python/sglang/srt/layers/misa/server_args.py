@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple, Optional
 from sglang.srt.arg_groups.arg_utils import NS, A, add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import process
-from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
 from sglang.srt.layers.misa.evaluation import (
     EVAL_SELECTION_ENV,
     SELECTIONS,
@@ -49,12 +49,12 @@ class MisaArguments:
     ] = 8
     misa_block_size: A[
         int,
-        "Tokens in a block of pooled keys that the router looks at. A multiple of 64.",
+        "Tokens in a block of pooled keys that the router looks at. A multiple of 64 up to 4194304.",
         NS("exec.kernel"),
     ] = 1024
     misa_rerank_candidates: A[
         int,
-        "Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk, and on a GPU a multiple of 64 up to 16384.",
+        "Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most 4194304, and on a GPU a multiple of 64 up to 16384.",
         NS("exec.kernel"),
     ] = 0
     misa_min_context: A[
@@ -258,9 +258,22 @@ def check_misa_server_args(args: MisaArguments) -> None:
     for refusal in REFUSALS:
         if refusal.applies(args):
             raise ValueError(refusal.message)
-    _check_values(args, hf_config.index_n_heads, hf_config.index_topk)
+    num_heads, topk = (
+        _positive(args, hf_config, name) for name in ("index_n_heads", "index_topk")
+    )
+    _check_values(args, num_heads, topk)
     if args.device == "cuda":
-        _check_kernels(args, hf_config.index_n_heads, hf_config.index_topk)
+        _check_kernels(args, num_heads, topk)
+
+
+def _positive(args: MisaArguments, hf_config, name: str) -> int:
+    value = getattr(hf_config, name, None)
+    if type(value) is not int or value < 1:
+        raise ValueError(
+            f"--enable-misa needs a model whose config has a positive number as {name}, which {args.model_path} "
+            f"({name}={value!r}) has not; drop --enable-misa."
+        )
+    return value
 
 
 def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
@@ -278,10 +291,20 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
         raise ValueError(
             f"--misa-block-size {args.misa_block_size} is not a positive multiple of {PAGE_SIZE}; the default is 1024."
         )
+    if args.misa_block_size > MAX_CONTEXT:
+        raise ValueError(
+            f"--misa-block-size {args.misa_block_size} is longer than any sequence; use at most {MAX_CONTEXT}, which "
+            "makes one block of every prefix."
+        )
     if args.misa_rerank_candidates and args.misa_rerank_candidates < topk:
         raise ValueError(
             f"--misa-rerank-candidates {args.misa_rerank_candidates} is less than the {topk} tokens that "
             f"{args.model_path} selects; use 0 for a single stage or at least {topk}."
+        )
+    if args.misa_rerank_candidates > MAX_CONTEXT:
+        raise ValueError(
+            f"--misa-rerank-candidates {args.misa_rerank_candidates} is more than any sequence has; use at most "
+            f"{MAX_CONTEXT}, or 0 for a single stage."
         )
     if args.misa_min_context < 0:
         raise ValueError(
