@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from server import Server, server_env, tokens
+from sglang_misa.server import serve, server_env, tokens
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a program and a server of the CPU engine"
@@ -51,15 +51,14 @@ def test_server(tiny_model, tmp_path):
     """The same outputs, information and metrics."""
     seen = []
     for name, plugins in (("installed", None), ("without", "cpu_engine")):
-        with Server(
+        with serve(
             tiny_model("deepseek_v32", 2, 256),
             tmp_path / name,
             *("--enable-metrics", "--random-seed", "1"),
             env={"SGLANG_PLUGINS": plugins} if plugins else {},
-            capture=False,
         ) as server:
             answer = server.generate(tokens(700), 8)
-            seen.append((answer["output_ids"], server.info(), server.metrics()))
+            seen.append((answer["output_ids"], server.info, server.metrics()))
     (outputs, info, metrics), (outputs_without, info_without, metrics_without) = seen
     assert outputs == outputs_without
     assert info.keys() == info_without.keys()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from server import server_env
+from sglang_misa.server import server_env
 
 from sglang.srt.layers.misa import operations, process
 from sglang.srt.layers.misa import server_args as module
