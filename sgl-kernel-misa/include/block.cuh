@@ -7,11 +7,15 @@ namespace misa {
 
 constexpr int kBins = 2048;
 
-// A float's bits in an order in which unsigned integers compare as the floats do; both zeros alike.
+// A float's bits in an order in which unsigned integers compare as the floats do; both zeros alike. What is not a number is
+// 0, below all numbers, -infinity included: it passes no comparison of floats either, so selections by floats and by keys agree.
 __device__ __forceinline__ unsigned ordered(float value) {
   const unsigned bits = __float_as_uint(value + 0.f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const unsigned key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return value == value ? key : 0u;
 }
+
+constexpr unsigned kLeastNumber = 0x007fffffu, kInfinity = 0xff800000u;  // -infinity and infinity as ordered keys
 
 __device__ __forceinline__ float from_ordered(unsigned key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);

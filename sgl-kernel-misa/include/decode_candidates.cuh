@@ -12,7 +12,6 @@ constexpr int kFewSamples = 8;                // in the bin that holds the bound
 constexpr int kContenders = kThreads;         // scores of a bin that are compared one with another
 constexpr int kCandidates = 6144;             // tokens over the bound that a block lists
 constexpr int kTooMany = 1 << 24;             // stands for more than that in a histogram
-constexpr unsigned kInfinity = 0xff800000u;   // as an ordered key
 
 // Begins to load the scores of a batch, four adjacent ones a lane and load; NaN past the end, but for the rest of a load. They
 // may have been written while this kernel ran already, so they are read through L2.

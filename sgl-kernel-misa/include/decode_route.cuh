@@ -137,7 +137,7 @@ __device__ __forceinline__ void multiply_tile(const char* heads, const char* poo
 
 // Writes the heads of a sequence's rows. q, weights, lengths, out: of its first row; pages: its row of the page table, of
 // max_pages columns. Shared memory: q_shared, kMaxRows * HEADS * 128 bytes; k_shared, kTile * kKeyBytes; sees, 2 * kTile;
-// sums, kMaxRows * HEADS of every block; estimates, kMaxRows * HEADS; votes, 2 * kMaxRows.
+// sums, kMaxRows * HEADS of every block; keys, kMaxRows * HEADS; votes, 2 * kMaxRows.
 //
 // The pooled keys are dealt to the blocks one by one. Each adds up relu(q . k) of its own; row r's sums come together in block
 // r % RANKS, in the order of the blocks.
@@ -145,7 +145,7 @@ template <int HEADS, int RANKS>
 __device__ __forceinline__ void route_sequence(const void* q, const float* weights, const void* page_means, const int* pages,
                                                const int* lengths, int rows, int max_pages, int block_pages, int active_heads,
                                                int rank, void* q_shared_, void* k_shared_, unsigned* sees, float* sums,
-                                               float* estimates, unsigned* votes, int* out) {
+                                               unsigned* keys, unsigned* votes, int* out) {
   constexpr int kMine = kMaxRows * HEADS / 16 / (kThreads / 32);  // groups of 16 heads of a row that a warp multiplies
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 16;
   char* const q_shared = (char*)q_shared_;
@@ -212,12 +212,12 @@ __device__ __forceinline__ void route_sequence(const void* q, const float* weigh
 #pragma unroll
     for (int r = 0; r < RANKS; ++r) sum += RANKS == 1 ? sums[my_head] : load_peer(&sums[my_head], r);
     const int count = (lengths[my_row] / kPage + block_pages - 1) / block_pages;
-    estimates[tid] = count > 0 ? weight * sum / (float)count : 0.f;
+    keys[tid] = head_key(count > 0 ? weight * sum / (float)count : 0.f);
   }
   if (RANKS > 1) cluster_arrive();
   __syncthreads();
   for (int i = 0; i * RANKS + rank < rows; ++i) {
-    pick_heads(estimates + i * HEADS, HEADS, active_heads, votes + i * 2, out + (i * RANKS + rank) * active_heads);
+    pick_heads(keys + i * HEADS, HEADS, active_heads, votes + i * 2, out + (i * RANKS + rank) * active_heads);
   }
   if (RANKS > 1) cluster_wait();  // a block's shared memory is there until no other reads it
 }

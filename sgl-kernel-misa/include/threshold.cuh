@@ -137,8 +137,10 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
     low_need -= result[3];
   }
   if (threadIdx.x == 0) {
-    const float upper = no_high ? __int_as_float(0x7f800000) : from_ordered(high << left | ((1u << left) - 1));
-    const float lower = no_low ? __int_as_float(0xff800000) : from_ordered(low << left);
+    // Numbers, whatever the samples and the bits not looked at are: between thresholds that are not, planes mean nothing.
+    const unsigned upper_key = no_high ? kInfinity : high << left | ((1u << left) - 1), lower_key = no_low ? 0 : low << left;
+    const float upper = from_ordered(min(max(upper_key, kLeastNumber), kInfinity));
+    const float lower = from_ordered(min(max(lower_key, kLeastNumber), kInfinity));
     out[0] = upper;
     out[1] = no_high || no_low ? upper : middle_threshold(samples, length, k, high_rank, low_rank, upper, lower);
     out[2] = lower;

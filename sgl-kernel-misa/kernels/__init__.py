@@ -6,8 +6,21 @@ which of them, with which arguments, go into the library, and under which names 
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Dict, Mapping
 
+# `kernels.constants` is the package's module of that name: the build must not import the package, which loads what is built.
+__path__.append(str(Path(__file__).resolve().parents[1] / "python" / "sgl_kernel_misa"))
+
+from kernels.constants import (
+    DECODE_ROUTE_RANKS,
+    DECODE_SELECT_RANKS,
+    NUM_HEADS,
+    RERANK_CAPACITIES,
+    RERANK_RANKS,
+    SCORING_HEADS,
+    SELECT_CAPACITIES,
+)
 from kernels.decode_route import get_decode_route_kernel
 from kernels.decode_score import get_decode_score_kernel
 from kernels.decode_select import get_decode_select_kernel
@@ -46,37 +59,37 @@ def _kernels() -> Dict[str, Kernel]:
             lambda: get_update_pooled_keys_kernel("int64")
         ),
         "pool_blocks": Kernel(get_pool_blocks_kernel),
-        "route_32": Kernel(lambda: get_route_kernel(32)),
-        "route_64": Kernel(lambda: get_route_kernel(64)),
         "sample": Kernel(get_sample_kernel),
         "threshold": Kernel(get_threshold_kernel),
     }
-    for ranks in (2, 4, 8):
+    for num_heads in NUM_HEADS:
+        kernels[f"route_{num_heads}"] = Kernel(partial(get_route_kernel, num_heads))
+    for ranks in DECODE_SELECT_RANKS:
         kernels[f"decode_select_{ranks}"] = Kernel(
             partial(get_decode_select_kernel, ranks), prefers_shared=True
         )
-    for ranks in (1, 2, 4, 8):
-        for num_heads in (32, 64):
+    for ranks in DECODE_ROUTE_RANKS:
+        for num_heads in NUM_HEADS:
             kernels[f"decode_route_{num_heads}_{ranks}"] = Kernel(
                 partial(get_decode_route_kernel, num_heads, ranks), prefers_shared=True
             )
-    for heads in (8, 16, 32, 64):
+    for heads in SCORING_HEADS:
         for mode in ("planes", "samples"):
             kernels[f"score_{mode}_{heads}"] = Kernel(
                 partial(get_score_kernel, heads, mode)
             )
-        for capacity in (3072, 6144):
+        for capacity in SELECT_CAPACITIES:
             kernels[f"select_{heads}_{capacity}"] = Kernel(
                 partial(get_select_kernel, heads, capacity)
             )
         kernels[f"decode_score_{heads}"] = Kernel(
             partial(get_decode_score_kernel, heads), prefers_shared=True
         )
-    for heads in (32, 64):
-        for capacity in (8192, 16384):
-            for blocks in (1, 8):
-                kernels[f"rerank_{heads}_{capacity}_{blocks}"] = Kernel(
-                    partial(get_rerank_kernel, heads, capacity, blocks)
+    for num_heads in NUM_HEADS:
+        for capacity in RERANK_CAPACITIES:
+            for ranks in RERANK_RANKS:
+                kernels[f"rerank_{num_heads}_{capacity}_{ranks}"] = Kernel(
+                    partial(get_rerank_kernel, num_heads, capacity, ranks)
                 )
     return kernels
 

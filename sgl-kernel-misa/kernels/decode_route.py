@@ -41,7 +41,7 @@ def get_decode_route_kernel(num_heads: int, ranks: int):
             k_shared = T.alloc_shared((TILE, KEY_BYTES), T.int8)
             sees = T.alloc_shared((2 * TILE,), T.uint32)
             sums = T.alloc_shared((MAX_ROWS * num_heads,), T.float32)
-            estimates = T.alloc_shared((MAX_ROWS * num_heads,), T.float32)
+            head_keys = T.alloc_shared((MAX_ROWS * num_heads,), T.uint32)
             votes = T.alloc_shared((2 * MAX_ROWS,), T.uint32)
             # `decode_score` may start: until it has the heads it reads only what was there before this kernel.
             T.pdl_trigger()
@@ -64,7 +64,7 @@ def get_decode_route_kernel(num_heads: int, ranks: int):
                 T.address_of(k_shared[0, 0]),
                 T.address_of(sees[0]),
                 T.address_of(sums[0]),
-                T.address_of(estimates[0]),
+                T.address_of(head_keys[0]),
                 T.address_of(votes[0]),
                 T.address_of(out[seq * rows_per_seq, 0]),
             )

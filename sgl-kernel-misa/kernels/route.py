@@ -34,11 +34,12 @@ def get_route_kernel(num_heads: int):
             T.annotate_min_blocks_per_sm(8)
             q_shared = T.alloc_shared((64, 128), T.bfloat16)
             k_shared = T.alloc_shared((BLOCKS, 128), T.bfloat16)
-            estimates = T.alloc_shared((64,), T.float32)
+            head_keys = T.alloc_shared((64,), T.uint32)
             votes = T.alloc_shared((2,), T.uint32)
             acc = T.alloc_fragment((64, BLOCKS), T.float32)
             sums = T.alloc_local((2,), T.float32)
             total = T.alloc_var(T.float64)
+            estimate = T.alloc_var(T.float32)
             full = T.alloc_var(T.int32)
             partial = T.alloc_var(T.int32)
             count = T.alloc_var(T.int32)
@@ -104,16 +105,17 @@ def get_route_kernel(num_heads: int):
                 h = tx // 32 * 16 + tx % 32 // 4 + rr * 8
                 sums[rr] = T.call_extern("float32", "misa::quad_sum", sums[rr])
                 if tx % 4 == 0 and h < num_heads:
-                    estimates[h] = 0.0
+                    estimate = 0.0
                     if count > 0:
-                        estimates[h] = (
+                        estimate = (
                             T.abs(weights[row, h]) * sums[rr] / T.cast(count, T.float32)
                         )
+                    head_keys[h] = T.call_extern("uint32", "misa::head_key", estimate)
             T.sync_threads()
             T.call_extern(
                 "handle",
                 "misa::pick_heads",
-                T.address_of(estimates[0]),
+                T.address_of(head_keys[0]),
                 num_heads,
                 active_heads,
                 T.address_of(votes[0]),

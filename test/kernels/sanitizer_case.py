@@ -34,6 +34,10 @@ def main() -> None:
         run(make_batch("random", [(3, 700), (3, 3), (3, 65)], num_heads), 3)
         # Equal scores, and scores that a sample of them misjudges.
         run(make_batch("ties", [(2, 700), (2, 100)], num_heads), 2)
+        # Estimates and scores that are not numbers, in a row between others.
+        batch = make_batch("random", [(3, 700), (3, 100)], num_heads)
+        batch.weights[1] = float("nan")
+        run(batch, 3)
         for name in ("every 16th is tiny", "every 16th is huge"):
             run(write_batch([distributed(name, 4, num_heads, 1500, 64)]), 4)
     print("all ops ran")

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from kernel_batches import DEVICE, PAGE_SIZE, make_batch, random_heads
-from kernel_checks import check_batch, decode, needs_hopper, prefill, rerank
+from kernel_checks import check_batch, check_form, decode, needs_hopper, prefill, rerank
 
 pytestmark = needs_hopper
+
+NAN = float("nan")
 
 OPS = {
     "prefill": lambda batch, **options: prefill(
@@ -70,6 +72,22 @@ def test_what_is_not_visible_does_not_matter(op, active_heads):
     out = op(batch._replace(index_k=index_k), heads, 2048)
     check_batch(out, batch, heads, 2048)
     assert torch.equal(out, op(batch, heads, 2048))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_scores_that_are_not_numbers_come_last(name):
+    """A key whose scale is NaN is selected only by rows that see too few others; every row has all that are due to it."""
+    batch = make_batch("random", SPECS, 64)
+    lost = torch.tensor([5, 100, 1000, 2047], device=DEVICE)
+    for b, (sequence, _) in enumerate(batch.rows()):
+        for position in lost[lost < len(sequence.k)].tolist():
+            page = batch.index_k[int(batch.page_table[b, position // PAGE_SIZE])]
+            page[PAGE_SIZE * 128 :].view(torch.float32)[position % PAGE_SIZE] = NAN
+    out = OPS[name](batch)
+    check_form(out, batch.lengths.clamp(max=2048))
+    assert (out < batch.lengths[:, None]).all()
+    enough = batch.lengths >= 2048 + len(lost)
+    assert enough.any() and not torch.isin(out[enough], lost).any()
 
 
 @pytest.mark.parametrize("op", [prefill, decode])

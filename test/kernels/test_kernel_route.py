@@ -3,8 +3,7 @@
 import pytest
 import torch
 from kernel_batches import KINDS, make_batch, random_inputs, write_batch
-from kernel_checks import check_heads, needs_hopper, route
-
+from kernel_checks import check_form, check_heads, needs_hopper, route, routed_decode
 from sglang.srt.layers.misa import reference
 
 pytestmark = needs_hopper
@@ -96,3 +95,33 @@ def test_a_row_does_not_see_later_pages():
             lengths=whole.lengths[row : row + 1],
         )
         check_heads(routed[row : row + 1], write_batch([alone]), 8, 128)
+
+
+def route_of_decode(batch, active_heads, block_size):
+    """The heads of `route_topk_decode`; what it selects by them has to be whole too."""
+    heads, out = routed_decode(batch, active_heads, block_size, 64)
+    check_form(out, batch.lengths.clamp(max=64))
+    assert (out < batch.lengths[:, None]).all()
+    return heads
+
+
+@pytest.mark.parametrize("op", [route, route_of_decode])
+@pytest.mark.parametrize("num_heads", [32, 64])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("first, step", [(0, 1), (1, 2), (20, 40)])
+def test_gates_that_are_not_finite(op, num_heads, value, first, step):
+    """Exactly as many heads as asked for, and the rows around these get their own."""
+    batch = make_batch("random", [(4, 2100), (4, 700), (4, 1000), (4, 30)], num_heads)
+    weights = batch.weights.clone()
+    weights[::3, first::step] = float(value)
+    heads = op(batch._replace(weights=weights), 8, 128)
+    check_form(heads, torch.full_like(batch.lengths, 8))
+    assert (heads < num_heads).all()
+    finite = torch.arange(len(heads), device=heads.device) % 3 > 0
+    assert torch.equal(heads[finite], op(batch, 8, 128)[finite])
+    if value == "nan" and len(range(first, num_heads, step)) >= 8:
+        # An estimate that is no number is above all numbers; without a complete page all estimates are zero.
+        best = torch.arange(first, num_heads, step, device=heads.device)[:8]
+        sees_a_page = batch.lengths >= 64
+        assert (heads[~finite & sees_a_page] == best).all()
+        assert (heads[~sees_a_page] == torch.arange(8, device=heads.device)).all()

@@ -7,6 +7,7 @@
 
 #include "decode_select.cuh"
 #include "rerank.cuh"
+#include "route.cuh"
 #include "select.cuh"
 #include "threshold.cuh"
 
@@ -14,9 +15,16 @@ namespace {
 
 std::mt19937 rng;
 
-int any_of(std::initializer_list<int> values) { return values.begin()[rng() % values.size()]; }
+template <typename T>
+T any_of(std::initializer_list<T> values) { return values.begin()[rng() % values.size()]; }
 
-enum Kind { NORMAL, ZEROS, TIES, RELU, MOSTLY_ZERO, NEGATIVE, EQUAL, FORCED, RISING, FALLING, SPIKE, TAILS, KINDS };
+enum Kind {
+  NORMAL, ZEROS, TIES, RELU, MOSTLY_ZERO, NEGATIVE, EQUAL, FORCED, RISING, FALLING, SPIKE, TAILS,
+  SOME_NAN, MOSTLY_NAN, ALL_NAN, INFINITIES, ALL_INFINITE, ANY_BITS, KINDS
+};
+
+// Any NaN: of either sign, with any payload.
+float any_nan() { return bits_of<float>((unsigned)rng() % 2 << 31 | 0x7f800000u | 1 + (unsigned)rng() % 0x7fffff); }
 
 float score_of(int kind, int i, int length) {
   const float x = std::normal_distribution<float>()(rng);
@@ -32,22 +40,35 @@ float score_of(int kind, int i, int length) {
     case FALLING: return (float)-i;
     case SPIKE: return i == length / 2 ? 1e30f : x * 1e-20f;
     case TAILS: return x * x * x * 1e3f;
+    case SOME_NAN: return rng() % 100 == 0 ? any_nan() : x;
+    case MOSTLY_NAN: return rng() % 100 == 0 ? x : any_nan();
+    case ALL_NAN: return any_nan();
+    case INFINITIES: return rng() % 8 < 5 ? any_of({INFINITY, -INFINITY, any_nan()}) : x;
+    case ALL_INFINITE: return any_of({INFINITY, -INFINITY});
+    case ANY_BITS: return bits_of<float>((unsigned)rng());
     default: return x;
   }
 }
 
-// The positions of the k best of `scores`, ascending; of equal scores the lower position is better.
-std::vector<int> best(const std::vector<float>& scores, int length, int k) {
+// The positions of the k best of `scores`, ascending; of equal scores the lower position is better. What is not a number is
+// below all numbers, or above them, and equal among itself.
+std::vector<int> best(const std::vector<float>& scores, int length, int k, bool nan_above = false) {
   std::vector<int> order(length);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return scores[a] > scores[b]; });
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    const bool a_nan = std::isnan(scores[a]), b_nan = std::isnan(scores[b]);
+    if (a_nan || b_nan) return a_nan != b_nan && a_nan == nan_above;
+    return scores[a] > scores[b];
+  });
   order.resize(k);
   std::sort(order.begin(), order.end());
   return order;
 }
 
+int next_kind;  // the rows take turns
+
 struct Row {
-  int kind = rng() % KINDS, length, form = rng() % 3, offset = form == 2 ? 777 : 0;
+  int kind = next_kind++ % KINDS, length, form = rng() % 3, offset = form == 2 ? 777 : 0;
   std::vector<float> scores;
   std::vector<int> pages;
 
@@ -59,8 +80,13 @@ struct Row {
   int output(int position) const { return misa::output_index(position, form, pages.data(), offset); }
 };
 
+// A place for k entries, and what must not be written behind it.
+constexpr int kNotWritten = -7, kBehind = 64;
+std::vector<int> output_of(int k) { return std::vector<int>(k + kBehind, kNotWritten); }
+
 bool same(const char* what, const Row& row, int k, std::vector<int> expected, const std::vector<int>& out) {
   for (int& position : expected) position = row.output(position);
+  expected.resize(k + kBehind, kNotWritten);
   if (expected == out) return true;
   const int at = std::mismatch(expected.begin(), expected.end(), out.begin()).first - expected.begin();
   std::printf("%s: kind %d, length %d, k %d, form %d: entry %d is %d, not %d\n", what, row.kind, row.length, k, row.form, at,
@@ -83,7 +109,7 @@ bool decode_select() {
   std::memset((void*)shared.data(), 0xa5, RANKS * sizeof(Shared));
   misa::shared = (char*)shared.data();
   misa::shared_size = sizeof(Shared);
-  std::vector<int> out(k, -7);
+  std::vector<int> out = output_of(k);
   emulator::run(RANKS, misa::kThreads, [&](int rank) {
     Shared& mine = shared[rank];
     misa::select_row<RANKS>(row.scores.data(), row.length, k, rank, row.form, row.pages.data(), row.offset, mine.list, mine.bins,
@@ -96,7 +122,7 @@ bool rerank() {
   constexpr int kThreads = 256;
   const Row row(any_of({1, 33, 257, 2047, 2049, 5000, 8192}));
   const int k = std::min(row.length, any_of({64, 2048}));
-  std::vector<int> list(row.length), out(k, -7);
+  std::vector<int> list(row.length), out = output_of(k);
   std::iota(list.begin(), list.end(), 0);
   std::vector<unsigned> keys(row.length);
   for (int i = 0; i < row.length; ++i) keys[i] = misa::ordered(row.scores[i]);
@@ -140,7 +166,7 @@ bool prefill_select() {
       planes[1][word] |= (unsigned)second << bit;
     }
   }
-  std::vector<int> out(k, -7), positions(kCapacity);
+  std::vector<int> out = output_of(k), positions(kCapacity);
   std::vector<unsigned> entries(kCapacity);
   int info[4], count = 0;
   alignas(8) int state[8];
@@ -179,15 +205,34 @@ bool prefill_select() {
   return same("prefill_select", row, k, best(row.scores, length, k), out);
 }
 
+// The heads of a row by their estimates, as the routers of prefill and decode pick them.
+bool pick_heads() {
+  const int heads = any_of({32, 64}), threads = any_of({128, 256});
+  const int k = 1 + rng() % heads;
+  Row row(heads);
+  row.form = row.offset = 0;
+  std::vector<int> out = output_of(k);
+  unsigned votes[2];
+  std::vector<unsigned> keys(heads);
+  for (int i = 0; i < heads; ++i) keys[i] = misa::head_key(row.scores[i]);
+  emulator::run(1, threads, [&](int) { misa::pick_heads(keys.data(), heads, k, votes, out.data()); });
+  return same("pick_heads", row, k, best(row.scores, heads, k, true), out);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   rng.seed(std::atoi(argv[1]));
   const int rows = std::atoi(argv[2]);
-  int passed = 0;
+  bool (*const selections[])() = {decode_select<1>, decode_select<2>, decode_select<4>, decode_select<8>,
+                                  rerank, prefill_select, pick_heads};
+  int passed = 0, done = 0;
   for (int i = 0; i < rows; ++i) {
-    passed += decode_select<1>() + decode_select<2>() + decode_select<4>() + decode_select<8>() + rerank() + prefill_select();
+    for (const auto select : selections) {
+      passed += select();
+      ++done;
+    }
   }
-  std::printf("%d of %d selections are right\n", passed, rows * 6);
-  return passed != rows * 6;
+  std::printf("%d of %d selections are right\n", passed, done);
+  return passed != done;
 }
