@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 import local_data
-from tqdm import tqdm
-
 from sglang_misa.client import REQUEST_SECONDS, Client
+from tqdm import tqdm
 
 SUITES = {
     "ruler": [

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
 MINI_DSA = ROOT / "scripts" / "mini_dsa" / "checkpoint"
 from fake_server import FakeServer
+from sglang_misa.server import misa_args, serve
 from table import markdown, with_tasks
 from tiny_model import write_tokenizer
 
 from sglang.srt.layers.misa.config import MisaConfig
-from sglang_misa.server import misa_args, serve
 
 ESSAY = "It is as it is, and so we go on. " * 400
 COLOURS = ("red", "green", "blue")

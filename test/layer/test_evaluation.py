@@ -3,6 +3,7 @@
 import pytest
 import torch
 from inputs import KINDS, make_inputs, write_cache
+from sglang_misa.server import misa_args, serve, tokens
 
 from sglang.srt.layers.misa import evaluation, reference
 from sglang.srt.layers.misa.batch import Batch
@@ -15,7 +16,6 @@ from sglang.srt.layers.misa.evaluation import (
     random_heads,
 )
 from sglang.srt.layers.misa.selection import to_output
-from sglang_misa.server import misa_args, serve, tokens
 
 TOPK, HEADS = 128, 3
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from sglang_misa.server import serve, tokens
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
