@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from inputs import KINDS, make_inputs, write_cache
 from server import Server, misa_args, tokens
 
 from sglang.srt.layers.misa import evaluation, reference
@@ -19,6 +18,8 @@ from sglang.srt.layers.misa.evaluation import (
     random_heads,
 )
 from sglang.srt.layers.misa.selection import to_output
+from sglang.srt.layers.misa.testing.batches import write_cache
+from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark" / "quality"))
 
