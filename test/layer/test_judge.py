@@ -154,6 +154,14 @@ def twice(out, batch):
     out[0, 1] = out[0, 0]
 
 
+def twice_instead_of_the_last(out, batch):
+    """The one that is missing then is the worst of all that were due, and none is better that was left out."""
+    sequence = batch.sequences[0]
+    scores = scores_of(sequence)[0, out[0].long()]
+    worst = int(scores.argmin())
+    out[0, worst] = out[0, worst - 1] if worst else out[0, 1]
+
+
 def missing(out, batch):
     out[0, -1] = -1
 
@@ -228,6 +236,7 @@ FAULTS = (
     swapped,
     reversed_row,
     twice,
+    twice_instead_of_the_last,
     missing,
     hole,
     hole_in_a_short_row,

@@ -161,7 +161,7 @@ RARE_DEVIATIONS = 2.31
 
 
 def rare(draw, rows, heads, tokens):
-    """Heads that rarely fire: any 8 of them score exactly 0 on 92% of the tokens, and 64 heads on half of them."""
+    """Heads that rarely fire: any 8 of them score exactly 0 on 92% of the tokens, and all 64 on two thirds."""
     away = torch.nn.functional.normalize(draw.normal(HEAD_DIM), dim=0)
     # Queries of length sqrt(128) across that direction, and keys and queries as far along it, on either side, as it takes.
     ratio = RARE_DEVIATIONS**2
@@ -211,12 +211,12 @@ def dummy(draw, rows, heads, tokens):
     """What `--load-format dummy` leads to behind a few layers, with weights of 1e-3, those of the norms included.
 
     So little of a token is left that its key is the bias of the keys' norm but for one part in a thousand, and that queries are
-    smaller than FP8 can hold at the smallest scale there is: few of their elements are not 0, and most scores are equal.
+    smaller than FP8 can hold at the smallest scale there is: 2% of their elements are not 0, and hundreds of tokens share a score.
     """
-    q = draw.normal(rows, heads, HEAD_DIM) * 2.5e-10
+    q = draw.normal(rows, heads, HEAD_DIM) * 1e-10
     bias = (draw.uniform(HEAD_DIM) * 2 - 1) * 1e-3
     k = bias + draw.normal(tokens, HEAD_DIM) * 1e-6
-    return activations(q, draw.normal(rows, heads) * 1e-7, k)
+    return activations(q, draw.normal(rows, heads) * 1e-7, k, power_of_two=True)
 
 
 def integers(draw, rows, heads, tokens):
