@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from inputs import make_inputs
+
+from sglang.srt.layers.misa.testing.inputs import make_inputs
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark" / "quality"
 from recall import (

@@ -2,7 +2,8 @@
 
 import sgl_kernel_misa
 import torch
-from kernel_batches import Batch
+
+from sglang.srt.layers.misa.testing.batches import Batch
 
 
 def route(batch: Batch, active_heads: int, block_size: int) -> torch.Tensor:

@@ -6,9 +6,10 @@ compute-sanitizer --tool racecheck python sanitizer_case.py
 
 import sgl_kernel_misa
 import torch
-from kernel_batches import make_batch, random_heads, write_batch
-from kernel_distributions import distributed
 from kernel_ops import rerank, route, route_topk_decode, topk_decode, topk_prefill
+
+from sglang.srt.layers.misa.testing.batches import make_batch, random_heads, write_batch
+from sglang.srt.layers.misa.testing.score_inputs import distributed
 
 
 def run(batch, rows_per_seq: int) -> None:
@@ -33,7 +34,7 @@ def main() -> None:
         run(make_batch("random", specs, num_heads, padded_rows=3), 0)
         run(make_batch("random", [(3, 700), (3, 3), (3, 65)], num_heads), 3)
         # Equal scores, and scores that a sample of them misjudges.
-        run(make_batch("ties", [(2, 700), (2, 100)], num_heads), 2)
+        run(make_batch("equal", [(2, 700), (2, 100)], num_heads), 2)
         # Estimates and scores that are not numbers, in a row between others.
         batch = make_batch("random", [(3, 700), (3, 100)], num_heads)
         batch.weights[1] = float("nan")

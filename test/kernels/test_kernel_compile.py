@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from kernel_batches import make_batch, random_heads
-from kernel_checks import needs_hopper
+from hopper import needs_hopper
 from kernel_ops import rerank, route, topk_decode, topk_prefill
+
+from sglang.srt.layers.misa.testing.batches import make_batch, random_heads
 
 pytestmark = needs_hopper
 

@@ -2,26 +2,21 @@
 
 import pytest
 import torch
-from kernel_batches import (
-    KINDS,
+from hopper import decode, needs_hopper, prefill, routed_decode
+
+from sglang.srt.layers.misa.testing.batches import (
     integer_inputs,
     make_batch,
     random_heads,
     random_inputs,
     write_batch,
 )
-from kernel_checks import (
-    check_batch,
-    check_heads,
-    decode,
-    needs_hopper,
-    prefill,
-    routed_decode,
-)
+from sglang.srt.layers.misa.testing.inputs import KINDS
+from sglang.srt.layers.misa.testing.judge import check_batch, check_heads
 
 pytestmark = needs_hopper
 
-EXACT_KINDS = ("ties", "zeros", "rising", "falling")
+EXACT_KINDS = ("equal", "zeros", "rising", "falling")
 
 
 def check(batch, active_heads, topk, exact=False, **options):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from kernel_batches import write_batch
-from kernel_checks import check_batch, decode, needs_hopper, prefill
-from kernel_distributions import DISTRIBUTIONS, distributed
+from hopper import decode, needs_hopper, prefill
+
+from sglang.srt.layers.misa.testing.batches import write_batch
+from sglang.srt.layers.misa.testing.judge import check_batch
+from sglang.srt.layers.misa.testing.score_inputs import DISTRIBUTIONS, distributed
 
 pytestmark = needs_hopper
 

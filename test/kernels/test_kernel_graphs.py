@@ -3,9 +3,7 @@
 import pytest
 import sgl_kernel_misa
 import torch
-from kernel_batches import make_batch, random_heads, random_inputs, write_batch
-from kernel_checks import check_batch, check_heads, needs_hopper, poison
-from kernel_distributions import distributed
+from hopper import needs_hopper, poison
 from kernel_ops import (
     captured,
     rerank,
@@ -14,6 +12,15 @@ from kernel_ops import (
     topk_decode,
     topk_prefill,
 )
+
+from sglang.srt.layers.misa.testing.batches import (
+    make_batch,
+    random_heads,
+    random_inputs,
+    write_batch,
+)
+from sglang.srt.layers.misa.testing.judge import check_batch, check_heads
+from sglang.srt.layers.misa.testing.score_inputs import distributed
 
 pytestmark = needs_hopper
 

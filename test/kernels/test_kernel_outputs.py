@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from kernel_batches import DEVICE, PAGE_SIZE, make_batch, random_heads
-from kernel_checks import check_batch, check_form, decode, needs_hopper, prefill, rerank
+from hopper import decode, needs_hopper, prefill, rerank
+
+from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.layers.misa.testing.batches import DEVICE, make_batch, random_heads
+from sglang.srt.layers.misa.testing.judge import check_batch, check_form
 
 pytestmark = needs_hopper
 

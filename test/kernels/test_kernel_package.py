@@ -3,7 +3,7 @@
 import pytest
 import sgl_kernel_misa
 import torch
-from kernel_checks import needs_hopper
+from hopper import needs_hopper
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TOKENS, HEADS, SEQUENCES, PAGES = 12, 64, 3, 40

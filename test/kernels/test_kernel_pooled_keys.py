@@ -3,9 +3,12 @@
 import pytest
 import sgl_kernel_misa
 import torch
-from kernel_batches import DEVICE, KINDS, PAGE_SIZE, make_batch
-from kernel_checks import needs_hopper
+from hopper import needs_hopper
 from kernel_ops import captured
+
+from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.layers.misa.testing.batches import DEVICE, make_batch
+from sglang.srt.layers.misa.testing.inputs import KINDS
 
 pytestmark = needs_hopper
 

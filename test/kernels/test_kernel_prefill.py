@@ -2,22 +2,24 @@
 
 import pytest
 import torch
-from kernel_batches import (
+from hopper import needs_hopper, prefill
+from kernel_ops import topk_prefill
+
+from sglang.srt.layers.misa.testing.batches import (
     DEVICE,
-    KINDS,
     integer_inputs,
     make_batch,
     random_heads,
     random_inputs,
     write_batch,
 )
-from kernel_checks import check_batch, check_selection, needs_hopper, prefill
-from kernel_ops import topk_prefill
+from sglang.srt.layers.misa.testing.inputs import KINDS, pick
+from sglang.srt.layers.misa.testing.judge import check_batch, check_selection
 
 pytestmark = needs_hopper
 
 # On these all tokens' scores are one value times their scale, so no rounding can reorder them.
-EXACT_KINDS = ("ties", "zeros", "rising", "falling")
+EXACT_KINDS = ("equal", "zeros", "rising", "falling")
 RAGGED = [(1, 1), (31, 31), (33, 3000), (32, 2048), (1, 5000), (70, 2100), (3, 130)]
 
 
@@ -70,7 +72,7 @@ def test_long_contexts(tokens, num_heads, active_heads, topk):
     check(batch, active_heads, topk)
 
 
-@pytest.mark.parametrize("kind", ["rising", "falling", "ties", "zeros", "huge"])
+@pytest.mark.parametrize("kind", ["rising", "falling", "equal", "zeros", "huge"])
 def test_kinds_at_long_contexts(kind):
     batch = make_batch(kind, [(17, 131_072)], 64)
     check(batch, 8, 2048, kind in EXACT_KINDS)
@@ -143,13 +145,13 @@ def test_copies_of_a_key():
     """The k-th score belongs to a key that the context holds many times."""
     inputs = random_inputs(40, 64, 20_000, seed=4)
     classes = torch.randint(40, (20_000,), device=DEVICE)
-    keys = inputs.k.view(torch.uint8)[classes].view(torch.float8_e4m3fn)
+    keys = pick(inputs.k, classes)
     inputs = inputs._replace(k=keys, k_scale=inputs.k_scale[classes])
     batch = write_batch([inputs])
     for active_heads in (1, 8, None):
         heads = random_heads(batch, active_heads)
         out = prefill(batch, heads, 2048)
-        check_selection(out, batch.sequences[0], heads, 2048, classes=classes)
+        check_selection(out, batch.sequences[0], heads, 2048)
 
 
 def test_no_buffer_of_rows_by_context():
@@ -163,9 +165,4 @@ def test_no_buffer_of_rows_by_context():
     peak = torch.cuda.max_memory_allocated() - before
     assert peak <= 8192 * 131_072 * 4 / 10
     rows = torch.randperm(8192, device=DEVICE)[:300].sort().values
-    some = inputs._replace(
-        q=inputs.q.view(torch.uint8)[rows].view(torch.float8_e4m3fn),
-        weights=inputs.weights[rows],
-        lengths=inputs.lengths[rows],
-    )
-    check_selection(out[rows], some, heads[rows], 2048)
+    check_selection(out[rows], inputs.of_rows(rows), heads[rows], 2048)

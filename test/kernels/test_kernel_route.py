@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from kernel_batches import KINDS, make_batch, random_inputs, write_batch
-from kernel_checks import check_form, check_heads, needs_hopper, route, routed_decode
+from hopper import needs_hopper, route, routed_decode
+
 from sglang.srt.layers.misa import reference
+from sglang.srt.layers.misa.testing.batches import (
+    make_batch,
+    random_inputs,
+    write_batch,
+)
+from sglang.srt.layers.misa.testing.inputs import KINDS
+from sglang.srt.layers.misa.testing.judge import check_form, check_heads
 
 pytestmark = needs_hopper
 

@@ -3,8 +3,15 @@
 import random
 
 import pytest
-from kernel_batches import integer_inputs, random_heads, random_inputs, write_batch
-from kernel_checks import check_batch, check_heads, decode, needs_hopper, prefill, route
+from hopper import decode, needs_hopper, prefill, route
+
+from sglang.srt.layers.misa.testing.batches import (
+    integer_inputs,
+    random_heads,
+    random_inputs,
+    write_batch,
+)
+from sglang.srt.layers.misa.testing.judge import check_batch, check_heads
 
 pytestmark = needs_hopper
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from inputs import KINDS, make_inputs, write_cache
-from sglang_misa.server import misa_args, serve, tokens
 
 from sglang.srt.layers.misa import evaluation, reference
 from sglang.srt.layers.misa.batch import Batch
@@ -16,6 +14,9 @@ from sglang.srt.layers.misa.evaluation import (
     random_heads,
 )
 from sglang.srt.layers.misa.selection import to_output
+from sglang.srt.layers.misa.testing.batches import write_cache
+from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
+from sglang_misa.server import misa_args, serve, tokens
 
 TOPK, HEADS = 128, 3
 

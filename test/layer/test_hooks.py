@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checks import check_record
-from inputs import PAGE_SIZE, make_inputs, store_page
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
 from sglang.srt.layers.misa import hooks, reference
 from sglang.srt.layers.misa.capture import Recorder, load_records
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
 from sglang.srt.layers.misa.pooled_keys import PooledKeys
+from sglang.srt.layers.misa.testing.batches import write_pages
+from sglang.srt.layers.misa.testing.inputs import make_inputs
 
 HEADS, TOPK, START_LAYER, LAYER = 32, 128, 3, 4
 CONFIG = MisaConfig(active_heads=3, block_size=128)
@@ -34,11 +36,11 @@ class Batch:
         self.page_table = torch.zeros(len(lengths), max(pages, default=0)).int()
         order = iter((1 + torch.randperm(sum(pages))).tolist())
         for i, inputs in enumerate(self.sequences):
-            for p in range(pages[i]):
-                page = next(order)
-                self.page_table[i, p] = page
-                tokens = slice(p * PAGE_SIZE, (p + 1) * PAGE_SIZE)
-                store_page(index_k[page], inputs.k[tokens], inputs.k_scale[tokens])
+            mine = torch.tensor(
+                [next(order) for _ in range(pages[i])], dtype=torch.long
+            )
+            self.page_table[i, : pages[i]] = mine
+            write_pages(index_k, mine, inputs.k, inputs.k_scale)
         index_k, self.page_table = index_k.to(device), self.page_table.to(device)
         pooled_keys = PooledKeys([torch.zeros(1, 1), index_k])
         slots = torch.arange(len(index_k) * PAGE_SIZE, device=device)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from checks import check_record
 from conftest import needs_gpu
-from inputs import KINDS, make_inputs, write_cache
 
 from sglang.srt.layers.misa import reference, torch_operations
 from sglang.srt.layers.misa.batch import Batch
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.indexer import MisaIndexer
 from sglang.srt.layers.misa.pooled_keys import PooledKeys
+from sglang.srt.layers.misa.testing.batches import write_cache
+from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
 
 HEADS, TOPK = 32, 128
 CONFIGS = {

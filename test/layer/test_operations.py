@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from inputs import make_inputs, write_cache
 
 from sglang.srt.layers.misa import config, operations, reference, torch_operations
+from sglang.srt.layers.misa.testing.batches import write_cache
+from sglang.srt.layers.misa.testing.inputs import make_inputs
 
 NAMES = [
     "update_pooled_keys",

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from conftest import needs_gpu
-from inputs import KINDS, make_inputs, store_page, write_cache
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE, read_pages
 from sglang.srt.layers.misa.pooled_keys import BYTES_PER_TOKEN, PooledKeys
+from sglang.srt.layers.misa.testing.batches import write_cache, write_pages
+from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
 
 
 def slots_of(page_table, first, last):
@@ -37,7 +38,8 @@ def test_a_page_filled_again_has_a_new_mean(device):
     pooled = PooledKeys([index_k])
     pooled.update(0, index_k, slots_of(page_table, 0, 64).to(device))
     page = int(page_table[0])
-    store_page(index_k[page], new.k.to(device), new.k_scale.to(device))
+    moved = new.to(device)
+    write_pages(index_k, page_table[:1].long(), moved.k, moved.k_scale)
     for first, last in ((0, 30), (30, 64)):
         slots = slots_of(page_table, first, last).to(device)
         pooled.update(0, index_k, slots)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from inputs import KINDS, make_inputs
 
 from sglang.srt.layers.misa import reference
+from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
 
 
 def naive_scores(q, weights, k, k_scale, t, heads):
@@ -28,7 +28,7 @@ def as_float(inputs):
     return inputs._replace(q=inputs.q.float(), k=inputs.k.float())
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "zeros"])
+@pytest.mark.parametrize("kind", ["random", "equal", "zeros"])
 def test_dsa_is_the_formula(kind):
     inputs = make_inputs(kind, rows=3, heads=4, tokens=100)
     selected = reference.dsa(*inputs, topk=20)
@@ -137,7 +137,7 @@ def test_forced_tokens_are_always_selected():
 
 
 def test_ties_go_to_the_lower_position_and_head():
-    inputs = make_inputs("ties", rows=2, heads=4, tokens=300)
+    inputs = make_inputs("equal", rows=2, heads=4, tokens=300)
     assert reference.dsa(*inputs, topk=100).tolist() == [list(range(100))] * 2
     twins = make_inputs("twins", rows=10, heads=8, tokens=300)
     means = reference.page_means(twins.k, twins.k_scale)

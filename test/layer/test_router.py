@@ -1,9 +1,9 @@
 import pytest
 import torch
-from inputs import KINDS, make_inputs
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.router import route, running_block_means
+from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
 
 
 @pytest.mark.parametrize("kind", KINDS)

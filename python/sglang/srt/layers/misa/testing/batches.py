@@ -1,28 +1,33 @@
 """Batches as the kernels take them: several sequences, their keys in pages in random order in one cache."""
 
-import sys
-from pathlib import Path
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-# The generator of inputs is the one of the layer's own tests.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
-
-from inputs import KINDS, Inputs, make_inputs  # noqa: F401
-
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE
+from sglang.srt.layers.misa.testing.inputs import Inputs, make_inputs
 
-DEVICE = "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE_BYTES = PAGE_SIZE * (HEAD_DIM + 4)
 FREE_PAGES = 5
 # What the mean of a page still being filled may be: whatever its last owner left.
 STALE_MEAN = 1e4
+# What a slot or an index turns into that belongs to another sequence, or to none.
+WRONG = -2
 
 
 class Batch(NamedTuple):
-    """The tensors of the kernels, and the same sequences as the reference takes them."""
+    """The tensors of the kernels, and the same sequences as the reference takes them.
+
+    q            float8_e4m3fn [T, H, 128]
+    weights      float32 [T, H]
+    index_k      uint8 [pages, 8448]
+    pooled_keys  bfloat16 [pages, 128]    mean key of each complete page
+    page_table   int32 [B, P]
+    cu_rows      int32 [B + 1]            rows before each sequence; rows behind the last one are padding
+    lengths      int32 [T]
+    """
 
     sequences: List[Inputs]
     q: torch.Tensor
@@ -40,6 +45,14 @@ class Batch(NamedTuple):
             yield sequence, slice(first, first + len(sequence.q))
             first += len(sequence.q)
 
+    def row_sequence(self) -> torch.Tensor:
+        """The sequence of each row that is no padding -> int64 [T]."""
+        return torch.repeat_interleave(self.cu_rows.diff().long())
+
+    def pages(self, b: int) -> torch.Tensor:
+        """The pages of one sequence -> int64 [P]."""
+        return self.page_table[b, : -(-len(self.sequences[b].k) // PAGE_SIZE)].long()
+
 
 def make_batch(
     kind: str, specs: Sequence[Tuple[int, int]], heads: int, seed: int = 0, **layout
@@ -47,7 +60,7 @@ def make_batch(
     """A batch of `make_inputs`: (rows, tokens) of every sequence. A row before the first token sees nothing."""
     sequences = []
     for i, (rows, tokens) in enumerate(specs):
-        inputs = make_inputs(kind, rows, heads, tokens, seed=seed + i)
+        inputs = make_inputs(kind, rows, heads, tokens, seed=seed + i, device=DEVICE)
         sequences.append(inputs._replace(lengths=inputs.lengths.clamp(min=0)))
     return write_batch(sequences, seed=seed, **layout)
 
@@ -59,10 +72,11 @@ def write_batch(
     spare_columns: int = 3,
     seed: int = 0,
 ) -> Batch:
-    """Lay sequences out in a paged cache.
+    """Lay sequences out in a paged cache on `DEVICE`.
 
     Whatever belongs to nobody holds what a kernel must not be misled by: rubbish in free pages and behind the last
-    token, pages of others in the unused columns of the page table, stale lengths in padded rows.
+    token, pages of others in the unused columns of the page table, stale lengths in padded rows. The page table depends on
+    `seed` and the sequences' numbers of pages alone.
     """
     sequences = [sequence.to(DEVICE) for sequence in sequences]
     rng = torch.Generator(DEVICE).manual_seed(seed)
@@ -71,14 +85,14 @@ def write_batch(
     num_pages = 1 + sum(counts) + FREE_PAGES
     # Page 0 is the page of padding.
     free = 1 + torch.randperm(num_pages - 1, generator=rng, device=DEVICE)
+    page_table = torch.randint(
+        1, num_pages, (len(sequences), columns), generator=rng, device=DEVICE
+    )
     index_k = torch.randint(
         120, (num_pages, PAGE_BYTES), generator=rng, device=DEVICE, dtype=torch.uint8
     )
     pooled_keys = torch.full(
         (num_pages, HEAD_DIM), STALE_MEAN, dtype=torch.bfloat16, device=DEVICE
-    )
-    page_table = torch.randint(
-        1, num_pages, (len(sequences), columns), generator=rng, device=DEVICE
     )
     for b, (sequence, pages) in enumerate(
         zip(sequences, free.split(counts + [FREE_PAGES])[:-1])
@@ -105,8 +119,27 @@ def write_batch(
     )
 
 
+def write_cache(inputs: Inputs, spare_pages: int = 5, seed: int = 0):
+    """One sequence in a cache of its own, on its device, with rubbish wherever no key is.
+
+    Returns:
+        index_k uint8 [num_pages, 64 * 132] and page_table int32 [P].
+    """
+    rng = torch.Generator().manual_seed(seed)
+    pages = -(-len(inputs.k) // PAGE_SIZE)
+    num_pages = pages + spare_pages
+    page_table = 1 + torch.randperm(num_pages - 1, generator=rng)[:pages]
+    index_k = torch.randint(
+        0, 120, (num_pages, PAGE_BYTES), generator=rng, dtype=torch.uint8
+    )
+    device = inputs.k.device
+    index_k, page_table = index_k.to(device), page_table.to(device)
+    write_pages(index_k, page_table, inputs.k, inputs.k_scale)
+    return index_k, page_table.int()
+
+
 def write_pages(index_k, pages, k, k_scale) -> None:
-    """Write the keys and scales of a sequence into its pages, in place."""
+    """Write the keys and scales of a sequence into its pages (int64 [P]) of a cache, from the first one's front, in place."""
     content = index_k[pages]
     keys = content[:, : PAGE_SIZE * HEAD_DIM].reshape(-1, HEAD_DIM)
     scales = content[:, PAGE_SIZE * HEAD_DIM :].reshape(-1, 4)
@@ -116,7 +149,31 @@ def write_pages(index_k, pages, k, k_scale) -> None:
     index_k[pages] = torch.cat([keys, scales], dim=1)
 
 
-def random_heads(batch: Batch, active_heads, seed: int = 0):
+def positions_from_slots(batch: Batch, slots: torch.Tensor) -> torch.Tensor:
+    """Cache slots int32 [T, k], -1 padded -> positions int64 [T, k]; `WRONG` where a slot is not one of the row's sequence."""
+    num_pages = len(batch.index_k)
+    # The sequence of each page, and the page's place in it.
+    owner = torch.full((num_pages,), -1, device=slots.device)
+    place = torch.zeros_like(owner)
+    for b in range(len(batch.sequences)):
+        pages = batch.pages(b)
+        owner[pages] = b
+        place[pages] = torch.arange(len(pages), device=slots.device)
+    slots = slots.long()
+    page = slots.clamp(0, num_pages * PAGE_SIZE - 1) // PAGE_SIZE
+    position = place[page] * PAGE_SIZE + slots % PAGE_SIZE
+    wrong = owner[page] != batch.row_sequence()[:, None]
+    wrong |= (slots < -1) | (slots >= num_pages * PAGE_SIZE)
+    return position.masked_fill(wrong, WRONG).masked_fill(slots == -1, -1)
+
+
+def positions_from_ragged(indices: torch.Tensor, offsets) -> torch.Tensor:
+    """Indices int32 [T, k], -1 padded, that count from each row's offset (int [T]) -> positions int64 [T, k]."""
+    position = indices.long() - offsets.long()[:, None]
+    return position.masked_fill(position < 0, WRONG).masked_fill(indices == -1, -1)
+
+
+def random_heads(batch: Batch, active_heads: Optional[int], seed: int = 0):
     """Ascending head ids at random for every row, or None for all heads."""
     if active_heads is None:
         return None
@@ -126,35 +183,8 @@ def random_heads(batch: Batch, active_heads, seed: int = 0):
 
 
 def integer_inputs(rows: int, heads: int, tokens: int, seed: int) -> Inputs:
-    """Queries and keys of small integers, with scales and weights such that every float32 sum is exact.
-
-    So every arithmetic gives the reference's scores to the last bit, and many of them are equal.
-    """
-    rng = torch.Generator(DEVICE).manual_seed(seed)
-
-    def integers(low, high, *shape):
-        return torch.randint(low, high + 1, shape, generator=rng, device=DEVICE).float()
-
-    return Inputs(
-        integers(-2, 2, rows, heads, HEAD_DIM).to(torch.float8_e4m3fn),
-        integers(-512, 512, rows, heads) / 512,
-        integers(-2, 2, tokens, HEAD_DIM).to(torch.float8_e4m3fn),
-        2 ** integers(-1, 1, tokens),
-        torch.arange(tokens - rows + 1, tokens + 1, device=DEVICE),
-    )
+    return make_inputs("integers", rows, heads, tokens, seed, DEVICE)
 
 
 def random_inputs(rows: int, heads: int, tokens: int, seed: int) -> Inputs:
-    """As `make_inputs` of kind random, made on the GPU: for sizes that would take the CPU seconds."""
-    rng = torch.Generator(DEVICE).manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=rng, device=DEVICE)
-
-    return Inputs(
-        (normal(rows, heads, HEAD_DIM) * 100).clamp(-448, 448).to(torch.float8_e4m3fn),
-        normal(rows, heads),
-        (normal(tokens, HEAD_DIM) * 100).clamp(-448, 448).to(torch.float8_e4m3fn),
-        torch.rand(tokens, generator=rng, device=DEVICE) + 0.5,
-        torch.arange(tokens - rows + 1, tokens + 1, device=DEVICE),
-    )
+    return make_inputs("random", rows, heads, tokens, seed, DEVICE)

@@ -4,9 +4,9 @@ A selection that guesses a threshold from a sample, or sorts into coarse buckets
 """
 
 import torch
-from kernel_batches import HEAD_DIM, Inputs
 
-from sglang.srt.layers.misa.reference import PAGE_SIZE
+from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE
+from sglang.srt.layers.misa.testing.inputs import Inputs
 
 
 def inputs_with_scores(scores: torch.Tensor, rows: int, heads: int) -> Inputs:
