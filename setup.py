@@ -1,5 +1,6 @@
-"""What pyproject.toml cannot say: where the layer is in the source, and a .pth file beside the packages."""
+"""What pyproject.toml cannot say: where the layer is, a .pth file, and the version, which is that of the kernels too."""
 
+import runpy
 import shutil
 from distutils.command.install_data import install_data
 
@@ -7,6 +8,7 @@ import setuptools
 from setuptools.command.build_py import build_py
 
 LAYER = "python/sglang/srt/layers/misa"
+VERSION = "sgl-kernel-misa/python/sgl_kernel_misa/version.py"
 
 
 class Distribution(setuptools.Distribution):
@@ -31,12 +33,16 @@ class InstallPth(install_data):
         super().finalize_options()
 
 
+version = runpy.run_path(VERSION)["__version__"]
 subpackages = setuptools.find_packages(LAYER)
 setuptools.setup(
+    version=version,
     distclass=Distribution,
     cmdclass={"build_py": BuildFromSource, "install_data": InstallPth},
     packages=["sglang_misa", "sglang_misa.layer"]
     + [f"sglang_misa.layer.{name}" for name in subpackages],
     package_dir={"sglang_misa": "python/sglang_misa", "sglang_misa.layer": LAYER},
     data_files=[("", ["python/sglang_misa.pth"])],
+    # Required on a GPU; built from this repository: pip install --no-build-isolation ./sgl-kernel-misa
+    extras_require={"cuda": [f"sgl-kernel-misa=={version}"]},
 )

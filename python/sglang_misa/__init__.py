@@ -23,7 +23,7 @@ class LayerFinder:
         return layer and spec_from_file_location(
             name,
             layer.origin,
-            submodule_search_locations=list(layer.submodule_search_locations),
+            submodule_search_locations=layer.submodule_search_locations,
         )
 
 

@@ -2,7 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from environments import ROOT, Environment, build
+from environments import ROOT, VERSION, Environment, build
 
 # SGLang's layout: `sglang` is a package, `sglang.srt` and `sglang.srt.layers` are folders without an __init__.py.
 STAND_IN = {
@@ -37,6 +37,8 @@ def checkout(tmp_path_factory) -> Path:
     for file in ROOT.iterdir():
         if file.is_file() and file.name != ".git":
             shutil.copy(file, folder)
+    (folder / VERSION).parent.mkdir(parents=True)
+    shutil.copy(ROOT / VERSION, folder / VERSION)
     return folder
 
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# In the source of either package.
+VERSION = "sgl-kernel-misa/python/sgl_kernel_misa/version.py"
 
 
 def run(*command, **options) -> str:
@@ -24,11 +26,12 @@ def run(*command, **options) -> str:
 
 
 def build(source: Path, out: Path, hook: str) -> Path:
-    """The file that a hook of the build backend makes: `build_wheel`, `build_editable` or `build_sdist`."""
+    """What a hook of the build backend makes, such as `build_wheel`, `build_editable` or `build_sdist`."""
     out.mkdir(parents=True)
     call = f"import sys, setuptools.build_meta as backend; backend.{hook}(sys.argv[1])"
     run(sys.executable, "-c", call, out, cwd=source)
-    (made,) = out.iterdir()
+    # Beside metadata setuptools leaves what it made that from.
+    (made,) = (path for path in out.iterdir() if path.suffix != ".egg-info")
     return made
 
 

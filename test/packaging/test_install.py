@@ -1,10 +1,11 @@
 """sglang-misa is installed beside any SGLang, works under its name there, and leaves nothing behind."""
 
+import runpy
 import shutil
 import zipfile
 
 import pytest
-from environments import ROOT, build
+from environments import ROOT, VERSION, build
 
 LAYER = ROOT / "python" / "sglang" / "srt" / "layers" / "misa"
 
@@ -108,3 +109,24 @@ def test_the_wheel_holds_the_layer_and_nothing_else(checkout, misa, tmp_path):
         own = {"sglang_misa.pth", "sglang_misa/__init__.py"}
         assert {name for name in names if ".dist-info/" not in name} == layer | own
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_kernels_that_it_asks_for_have_its_version(misa):
+    version = runpy.run_path(str(ROOT / VERSION))["__version__"]
+    with zipfile.ZipFile(misa["wheel"]) as wheel:
+        metadata = wheel.read(f"sglang_misa-{version}.dist-info/METADATA").decode()
+    assert f"\nVersion: {version}\n" in metadata
+    assert f'\nRequires-Dist: sgl-kernel-misa=={version}; extra == "cuda"\n' in metadata
+
+
+def test_the_kernels_have_that_version_and_the_same_licence(tmp_path):
+    ignore = shutil.ignore_patterns("build", "lib", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT / "sgl-kernel-misa", tmp_path / "source", ignore=ignore)
+    # Metadata alone: building the wheel would compile the kernels.
+    made = build(
+        tmp_path / "source", tmp_path / "out", "prepare_metadata_for_build_wheel"
+    )
+    version = runpy.run_path(str(ROOT / VERSION))["__version__"]
+    assert made.name == f"sgl_kernel_misa-{version}.dist-info"
+    licence = (made / "licenses" / "LICENSE").read_bytes()
+    assert licence == (ROOT / "LICENSE").read_bytes()
