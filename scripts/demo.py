@@ -13,7 +13,7 @@ from typing import Dict, List
 import requests
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "test" / "misa"), str(ROOT / "benchmark" / "quality")]
+sys.path[:0] = [str(ROOT / "test" / "common"), str(ROOT / "benchmark" / "quality")]
 
 from niah import NEEDLE, QUESTION
 from recall import recall

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a tiny random DSA checkpoint: `python test/misa/tiny_model.py OUT_DIR --family glm_moe_dsa`.
+"""Writes a tiny random DSA checkpoint: `python test/common/tiny_model.py OUT_DIR --family glm_moe_dsa`.
 
 The weights have a realistic scale, so that attention, and with it the selection of tokens, changes the output.
 """

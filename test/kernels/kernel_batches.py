@@ -7,7 +7,7 @@ from typing import List, NamedTuple, Sequence, Tuple
 import torch
 
 # The generator of inputs is the one of the layer's own tests.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "misa"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 
 from inputs import KINDS, Inputs, make_inputs  # noqa: F401
 
