@@ -190,11 +190,14 @@ def best_of(
 def sample_positions(length: int) -> torch.Tensor:
     """S, the positions whose keys stand for a prefix of `length` tokens -> int64 [n], ascending.
 
-    One token in every d, the last one of them, d being the power of two that makes n = length // d at most 256 and, from
-    256 tokens on, at least 128.
+    One token of every d = 2 ** shift, n = length // d of them: all up to 256 tokens, else 128 to 256. Which one changes from
+    stride to stride (multiplicative hashing), so that no period in the text can follow. A longer prefix's first token, to
+    which models attend for its own sake and whose key may be unlike all others, is none of them.
     """
-    stride = 1 << ((max(length, 1) - 1) // MAX_SAMPLES).bit_length()
-    return torch.arange(length // stride) * stride + stride - 1
+    shift = ((max(length, 1) - 1) // MAX_SAMPLES).bit_length()
+    i = torch.arange(length >> shift)
+    offset = ((i + 1) * 2654435761) % 2**32 >> (32 - shift)
+    return (i << shift) + offset
 
 
 def mean(samples: torch.Tensor) -> torch.Tensor:
