@@ -29,6 +29,7 @@ from tqdm import tqdm
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.capture import ATTENTION_STRIDE
 from sglang.srt.layers.misa.evaluation import heaviest_heads, random_heads
+from sglang.srt.layers.misa.testing.recall import recall
 
 ACTIVE_HEADS = (1, 2, 4, 8, 16, 32, 64)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048)
@@ -142,11 +143,6 @@ def dense_attention(record: Dict, lengths: torch.Tensor) -> torch.Tensor:
         logits = q[rows, head] @ k.T * record["scaling"]
         total += logits.masked_fill_(hidden, float("-inf")).softmax(1)
     return total / q.shape[1]
-
-
-def recall(selected: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The share of the positions `wanted` that are `selected`: float32 [T] of two sets of positions, bool [T, S]."""
-    return (selected & wanted).sum(1) / wanted.sum(1)
 
 
 def attention_mass(selected: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from server import find_port, server_env
+
+from sglang_misa.server import reserved_port, server_env
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmark" / "quality" / "evaluate.py"
@@ -39,12 +40,13 @@ def test_variants_side_by_side(tiny_model, tmp_path):
     from sglang_cpu_engine.launch import FLAGS
 
     model, output = tiny_model("deepseek_v32", 2, TOPK), tmp_path / "quality"
-    port = find_port()
     options = "--variants dsa misa --contexts 640 --trials 1 --windows 2 --scored 64 "
-    options += f"--recall-prompts 2 --topk {TOPK} --port {port} --suite"
+    options += f"--recall-prompts 2 --topk {TOPK} --suite"
     server_args = (*FLAGS, "--max-total-tokens", "16384", "--skip-server-warmup")
-    server_args += ("--nccl-port", str(port + 1))
-    ran = evaluate(model, output, *options.split(), server_args=server_args)
+    with reserved_port() as port:
+        server_args += ("--nccl-port", str(port + 1))
+        options = *options.split(), "--port", port
+        ran = evaluate(model, output, *options, server_args=server_args)
     assert ran.returncode == 0, ran.stdout
     found = {name: json.loads((output / name).read_text()) for name in FILES}
     for name, metrics in FILES.items():
@@ -64,12 +66,11 @@ def test_what_cannot_be(tmp_path):
     short = evaluate("model", tmp_path, "--contexts", "3000")
     assert short.returncode and "RULER starts at 4096 tokens" in short.stdout
 
-    port = find_port()
-    with socket.create_server(("127.0.0.1", port)):
-        taken = evaluate("model", tmp_path, "--port", port)
+    with reserved_port() as port:
+        with socket.create_server(("127.0.0.1", port)):
+            taken = evaluate("model", tmp_path, "--port", port)
+        missing = evaluate(tmp_path / "none", tmp_path, "--port", port)
     assert taken.returncode and f"--port {port} is taken" in taken.stdout
-
-    missing = evaluate(tmp_path / "none", tmp_path, "--port", port)
     assert missing.returncode and "evaluate: dsa: " in missing.stdout
     assert f"its log is {tmp_path / 'dsa.log'}" in missing.stdout
     assert "none" in (tmp_path / "dsa.log").read_text()

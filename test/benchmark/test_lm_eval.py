@@ -13,14 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
 MINI_DSA = ROOT / "scripts" / "mini_dsa" / "checkpoint"
-sys.path.insert(0, str(BENCHMARK))
-
 from fake_server import FakeServer
-from server import Server, misa_args
 from table import markdown, with_tasks
 from tiny_model import write_tokenizer
 
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang_misa.server import misa_args, serve
 
 ESSAY = "It is as it is, and so we go on. " * 400
 COLOURS = ("red", "green", "blue")
@@ -294,7 +292,7 @@ def test_a_server_with_misa(data_dir, tmp_path):
     config = MisaConfig(active_heads=4, block_size=256)
     args = (*misa_args(config), "--disable-cuda-graph")
     env = {"SGLANG_DSA_FUSE_TOPK": "false"}
-    with Server(MINI_DSA, tmp_path / "server", *args, env=env) as server:
+    with serve(MINI_DSA, tmp_path / "server", *args, env=env) as server:
         run(server, output, data_dir, arguments, check=True)
         longest = max(record["lengths"].max() for record in server.records())
         results = json.loads(output.read_text())

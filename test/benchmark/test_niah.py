@@ -10,8 +10,6 @@ import pytest
 from fake_server import FakeServer
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark" / "quality"
-sys.path.insert(0, str(BENCHMARK))
-
 from niah import NEEDLE, QUESTION, Trial, make_needles, make_prompts, summarize
 
 HAY = "Nothing is said of numbers here. " * 400

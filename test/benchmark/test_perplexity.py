@@ -13,13 +13,11 @@ from fake_server import FakeServer
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
-sys.path.insert(0, str(BENCHMARK))
-
 from perplexity import summarize, window_ends
-from server import Server, misa_args
 
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV
+from sglang_misa.server import misa_args, serve
 
 BOS = 300
 
@@ -152,7 +150,7 @@ def test_a_server(tiny_model, tmp_path):
     """SGLang's own API scores the tokens that are asked for, with the context that is asked for."""
     output, scored, context, topk = tmp_path / "perplexity.json", 60, 700, 256
     text = (ROOT / "LICENSE").read_bytes()
-    with Server(
+    with serve(
         tiny_model("deepseek_v32", 2, topk),
         tmp_path,
         *misa_args(MisaConfig(active_heads=4)),

@@ -12,34 +12,21 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 QUALITY = ROOT / "benchmark" / "quality"
-sys.path.insert(0, str(QUALITY))
-
-from recall import recall
-from server import Server, misa_args
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import random_heads
+from sglang.srt.layers.misa.testing.recall import share_of_dsa
+from sglang_misa.server import misa_args, serve
 
 CHECKPOINT = ROOT / "scripts" / "mini_dsa" / "checkpoint"
 CONTEXTS = (2560, 4096)
 DEPTHS = (10, 60)
-TOPK = 2048
+TOPK, ROWS = 2048, 16
 MISA = MisaConfig()
-
-
-def share_of_dsa(positions: torch.Tensor, record: dict) -> float:
-    """The recall of `positions`, int [rows, topk], in the last rows of a record."""
-    rows = slice(-len(positions), None)
-    q, weights, lengths = (record[name][rows] for name in ("q", "weights", "lengths"))
-    keys = record["k"], record["k_scale"]
-    wanted = reference.dsa(q, weights, *keys, lengths, TOPK)
-    sets = (reference.members(x.long(), len(record["k"])) for x in (positions, wanted))
-    return recall(*sets).mean().item()
 
 
 @pytest.mark.parametrize(
@@ -59,7 +46,7 @@ def test_needles_are_found(variant, args, tmp_path):
     # A record holds positions.
     env = {"SGLANG_DSA_FUSE_TOPK": "false"}
     args = (*args, "--disable-cuda-graph")
-    with Server(CHECKPOINT, tmp_path, *args, env=env) as server:
+    with serve(CHECKPOINT, tmp_path, *args, env=env) as server:
         command = [sys.executable, QUALITY / "niah.py"]
         command += ["--url", server.url, "--haystack", tmp_path / "hay.txt"]
         command += ["--output", output, "--needles", "2", "--trials", "1"]
@@ -80,15 +67,14 @@ def test_needles_are_found(variant, args, tmp_path):
         if record["layer_id"] == 3 and len(record["k"]) >= CONTEXTS[-1] - 1
         if len(record["q"]) > 1
     )
-    rows = slice(-16, None)
-    share = share_of_dsa(record["positions"][rows], record)
-    q, weights, lengths = (record[name][rows] for name in ("q", "weights", "lengths"))
+    share = share_of_dsa(record, TOPK, ROWS)
+    q, weights, lengths = (record[name][-ROWS:] for name in ("q", "weights", "lengths"))
     heads = random_heads(lengths, q.shape[1], MISA.active_heads)
     by_chance = reference.dsa(
         *reference.of_heads(q, weights, heads),
         *(record["k"], record["k_scale"], lengths, TOPK),
     )
-    control = share_of_dsa(by_chance, record)
+    control = share_of_dsa(record, TOPK, ROWS, by_chance)
     print(f"recall {share:.3f}, of heads by chance {control:.3f}")
     if variant["variant"] == "dsa":
         assert share > 0.999

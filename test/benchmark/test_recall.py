@@ -10,8 +10,6 @@ import torch
 from inputs import make_inputs
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark" / "quality"
-sys.path.insert(0, str(BENCHMARK))
-
 from recall import (
     Observation,
     Rows,
@@ -20,7 +18,6 @@ from recall import (
     dense_attention,
     future_means,
     heaviest_by_layer,
-    recall,
     selections,
     some_rows,
     spread_lengths,
@@ -30,6 +27,7 @@ from recall import (
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.capture import ATTENTION_STRIDE
 from sglang.srt.layers.misa.evaluation import heaviest_heads
+from sglang.srt.layers.misa.testing.recall import recall
 
 TOPK = 128
 

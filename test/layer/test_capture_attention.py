@@ -10,15 +10,13 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
-sys.path[:0] = [str(BENCHMARK), str(ROOT / "scripts")]
-
 from mini_dsa.model import Attention, Config, MiniDsa
 from mini_dsa.tokenizer import write_tokenizer
 from recall import dense_attention
-from server import Server, tokens
 from tiny_model import make_weights
 
 from sglang.srt.layers.misa.capture import ATTENTION_STRIDE, Recorder
+from sglang_misa.server import serve, tokens
 
 TOPK, LENGTH = 256, 1100
 
@@ -50,7 +48,7 @@ def test_a_server(tmp_path, monkeypatch):
     write_tokenizer(tmp_path / "model")
     prompts = tokens(LENGTH), tokens(LENGTH, seed=1)
     options = "--chunked-prefill-size", "512"
-    with Server(tmp_path / "model", tmp_path, *options) as server:
+    with serve(tmp_path / "model", tmp_path, *options) as server:
         for name, prompt in zip("ab", prompts):
             server.generate(prompt, 3, rid=name)
         capture = server.capture_dir

@@ -1,12 +1,8 @@
 """What MISA is measured against, in a batch and in a server, is what `reference` says."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from inputs import KINDS, make_inputs, write_cache
-from server import Server, misa_args, tokens
 
 from sglang.srt.layers.misa import evaluation, reference
 from sglang.srt.layers.misa.batch import Batch
@@ -19,10 +15,7 @@ from sglang.srt.layers.misa.evaluation import (
     random_heads,
 )
 from sglang.srt.layers.misa.selection import to_output
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark" / "quality"))
-
-import sglang_server
+from sglang_misa.server import misa_args, serve, tokens
 
 TOPK, HEADS = 128, 3
 
@@ -162,7 +155,7 @@ def test_on_a_gpu_up_to_ties(name):
 )
 def test_hisa_in_a_server(tiny_model, tmp_path):
     topk = 256
-    with Server(
+    with serve(
         tiny_model("deepseek_v32", 2, topk),
         tmp_path,
         *misa_args(MisaConfig(active_heads=4)),
@@ -171,7 +164,7 @@ def test_hisa_in_a_server(tiny_model, tmp_path):
     ) as server:
         assert len(server.generate(tokens(1100), 6)["output_ids"]) == 6
         records, log = server.records(), server.log.read_text()
-        variant = sglang_server.Server(server.url).variant()
+        variant = server.variant()
     assert "MISA is NOT what selects" in log and f"{EVAL_SELECTION_ENV}=hisa" in log
     assert "MISA is on" not in log
     assert tuple(variant.values()) == ("hisa", 0, 128, 0)

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from checks import check_records, covered, selections
-from server import Server, misa_args, tokens
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang_misa.server import misa_args, serve, tokens
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="runs on the CPU engine; see test_server_gpu.py"
@@ -44,7 +44,7 @@ def cached(answer):
 )
 def server(request, tiny_model, tmp_path_factory):
     family, chunk = request.param
-    with Server(
+    with serve(
         tiny_model(family, LAYERS, TOPK),
         tmp_path_factory.mktemp("server"),
         *misa_args(CONFIG),
@@ -171,7 +171,7 @@ def test_all_heads_are_dsa(family, tiny_model, tmp_path):
         ("dsa", ()),
         ("misa", misa_args(MisaConfig(active_heads=heads))),
     ):
-        with Server(model, tmp_path / name, *args) as server:
+        with serve(model, tmp_path / name, *args) as server:
             answers.append(server.generate(tokens(prompt), new_tokens))
             records = server.records()
             chosen.append(selections(records, 1, last).sort(dim=2).values)
@@ -201,14 +201,14 @@ def test_all_heads_are_dsa(family, tiny_model, tmp_path):
     ids=["hierarchical", "min-context"],
 )
 def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
-    with Server(
+    with serve(
         tiny_model(family, LAYERS, TOPK),
         tmp_path,
         *misa_args(config),
         *("--chunked-prefill-size", "512", "--enable-mixed-chunk"),
         "--enable-metrics",
     ) as server:
-        info, metrics = server.info(), server.metrics()
+        info, metrics = server.info, server.metrics()
         assert info["misa_active_heads"] == config.active_heads
         for name in ("active_heads", "block_size", "rerank_candidates"):
             assert metrics[f"sglang:misa_{name}"] == getattr(config, name)
@@ -230,12 +230,12 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_retraction(family, tiny_model, tmp_path):
     """Requests that outgrow the cache are retracted, and their pages filled by others."""
-    with Server(
+    with serve(
         tiny_model(family, LAYERS, TOPK),
         tmp_path,
         *misa_args(CONFIG),
         *("--chunked-prefill-size", "512", "--schedule-conservativeness", "0.01"),
-        max_total_tokens=1024,
+        *("--max-total-tokens", "1024"),
     ) as server:
         prompt = tokens(300)
         before = server.generate(prompt, 50)

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from server import server_env
 
 from sglang.srt.layers.misa import operations
 from sglang.srt.layers.misa import server_args as module
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
+from sglang_misa.server import server_env
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="resolves arguments for the CPU engine"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from checks import check_record
 from conftest import needs_gpu
-from server import Server, misa_args, tokens
 
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang_misa.server import misa_args, serve, tokens
 
 pytestmark = needs_gpu
 
@@ -36,7 +36,7 @@ def some_rows(record, count=96):
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_selects_as_defined(family, variant, tiny_model, tmp_path):
     config = CONFIGS[variant]
-    with Server(
+    with serve(
         tiny_model(family, LAYERS, TOPK),
         tmp_path,
         *misa_args(config),
@@ -78,7 +78,7 @@ def overlap(one, other):
 def test_decode_in_cuda_graphs(family, tiny_model, tmp_path):
     model, prompt, outputs = tiny_model(family, LAYERS, TOPK), tokens(2300), {}
     for name, env in (("slots", {}), ("positions", {"SGLANG_DSA_FUSE_TOPK": "false"})):
-        with Server(
+        with serve(
             model,
             tmp_path / name,
             *misa_args(MisaConfig()),

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+from sglang_misa.server import serve, tokens
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 from mini_dsa.model import Config, MiniDsa, index_scores
 from mini_dsa.tasks import TASKS, make_sequence
 from mini_dsa.tokenizer import write_tokenizer
-from server import Server, tokens
 from tiny_model import make_weights
 
 CONFIG = Config(num_hidden_layers=2, num_attention_heads=4, index_topk=256)
@@ -76,7 +75,7 @@ def test_indexer_loss_reaches_the_indexer_alone(checkpoint):
 @torch.no_grad()
 def test_server_computes_the_same(checkpoint, tmp_path):
     prompt = tokens(1500)
-    with Server(checkpoint, tmp_path, "--chunked-prefill-size", "8192") as server:
+    with serve(checkpoint, tmp_path, "--chunked-prefill-size", "8192") as server:
         answer = server.generate(prompt, 1, return_logprob=True, logprob_start_len=0)
         records = [r for r in server.records() if len(r["q"]) > 1]
     served = [row[0] for row in answer["meta_info"]["input_token_logprobs"][1:]]

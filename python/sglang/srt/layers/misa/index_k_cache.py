@@ -7,7 +7,8 @@ from typing import Tuple
 
 import torch
 
-PAGE_SIZE = 64
+from sglang.srt.layers.misa.reference import PAGE_SIZE
+
 HEAD_DIM = 128
 _KEY_BYTES = PAGE_SIZE * HEAD_DIM
 

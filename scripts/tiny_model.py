@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a tiny random DSA checkpoint: `python test/common/tiny_model.py OUT_DIR --family glm_moe_dsa`.
+"""Writes a tiny random DSA checkpoint: `python scripts/tiny_model.py OUT_DIR --family glm_moe_dsa`.
 
 The weights have a realistic scale, so that attention, and with it the selection of tokens, changes the output.
 """
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
 from mini_dsa.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, write_tokenizer
 
 
