@@ -8,7 +8,7 @@ import pytest
 import torch
 from inputs import make_inputs, write_cache
 
-from sglang.srt.layers.misa import operations, torch_operations
+from sglang.srt.layers.misa import config, operations, reference, torch_operations
 
 NAMES = [
     "update_pooled_keys",
@@ -40,6 +40,11 @@ def test_the_kernels_take_the_same_arguments(name):
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
     assert parameters(kernels) == parameters(torch_operations)
+
+
+def test_the_longest_context_is_the_kernels():
+    checks = pytest.importorskip("sgl_kernel_misa.checks")
+    assert config.MAX_CONTEXT == checks.MAX_CONTEXT
 
 
 def test_kernels_that_run(monkeypatch):
@@ -125,6 +130,20 @@ def test_several_rows_a_sequence_in_decode():
         torch_operations.topk_decode(**given, rows_per_seq=2)
     expected = torch_operations.topk_prefill(**arguments())
     assert torch.equal(torch_operations.topk_decode(**given, rows_per_seq=3), expected)
+
+
+def test_a_key_that_is_nan():
+    """Every row that sees it selects as many tokens as ever, as the reference does, and that key last."""
+    inputs = make_inputs("random", rows=6, heads=4, tokens=100)
+    inputs.k_scale[70] = float("nan")
+    index_k, page_table = write_cache(inputs)
+    given = {**arguments(), "index_k": index_k, "page_table": page_table[None]}
+    given["cu_rows"] = torch.tensor([0, 6], dtype=torch.int32)
+    selected = torch_operations.topk_prefill(**given)
+    assert torch.equal(selected.long(), reference.dsa(*inputs, 64))
+    assert (selected >= 0).all() and not (selected == 70).any()
+    everything = torch_operations.topk_prefill(**{**given, "topk": 128})
+    assert torch.equal((everything >= 0).sum(1), given["lengths"])
 
 
 def test_rows_that_see_nothing():

@@ -1,5 +1,7 @@
 """A hook that did not engage is noticed, whichever it is."""
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
-from sglang.srt.layers.misa import doctor, patches, plugin
+from sglang.srt.layers.misa import doctor, patches, plugin, process
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 
 
@@ -28,6 +30,8 @@ def test_a_hook_that_did_not_engage(patch, monkeypatch, capsys):
     with pytest.raises(RuntimeError) as error:
         patches.check_engaged()
     assert patch.target in str(error.value)
+    # SGLang runs as many processes: which of them was it?
+    assert f"process {os.getpid()} (" in str(error.value)
     assert doctor.main() == 1
     assert f"FAILED {patch.kind.value:8} {patch.target}" in capsys.readouterr().out
 
@@ -61,6 +65,23 @@ def test_doctor_says_ready(capsys):
     assert "MISA is ready." in capsys.readouterr().out
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="SGLang's indexer can be imported there"
+)
+def test_doctor_in_a_plain_shell():
+    """Where SGLang's own indexer cannot be imported, that is what the doctor says."""
+    from sglang_cpu_engine.launch import ENVIRONMENT
+
+    env = {name: os.environ[name] for name in os.environ.keys() - ENVIRONMENT.keys()}
+    command = [sys.executable, "-m", "sglang.srt.layers.misa.doctor"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 1
+    first, _, *rest = result.stdout.splitlines()
+    assert first.startswith("sglang 0.5.17, torch ") and first.endswith(", no GPU")
+    assert rest[0].startswith("FAILED the plugin does not load: ")
+    assert "set SGLANG_USE_CPU_ENGINE=1" in rest[1]
+
+
 def test_doctor_wants_kernels_on_a_gpu_only(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sgl_kernel_misa", None)
     for gpu in (False, True):
@@ -83,11 +104,14 @@ def test_doctor_finds_kernels_that_run(monkeypatch, capsys):
 
 def test_a_plugin_that_fails_to_load_ends_a_process_that_needs_it(monkeypatch):
     monkeypatch.setattr(patches, "PATCHES", None)
+    monkeypatch.setattr(process, "requires_misa", False)
     with pytest.raises(TypeError):
         plugin.register()
-    monkeypatch.setattr(plugin, "required", True)
+    monkeypatch.setattr(process, "requires_misa", True)
     # Not an Exception: SGLang logs those and goes on.
-    with pytest.raises(SystemExit, match="--enable-misa: the plugin failed to load"):
+    with pytest.raises(
+        SystemExit, match=f"the plugin failed to load in process {os.getpid()}"
+    ):
         plugin.register()
 
 

@@ -13,6 +13,10 @@ SCORES = {
     "infinities": lambda rows, columns: torch.tensor(
         [1.0, float("inf"), -float("inf")]
     )[torch.randint(3, (rows, columns))],
+    "some NaN": lambda rows, columns: torch.tensor(
+        [1.0, float("nan"), -float("nan"), float("inf"), -float("inf")]
+    )[torch.randint(5, (rows, columns))],
+    "NaN": lambda rows, columns: torch.full((rows, columns), float("nan")),
     "rising": lambda rows, columns: torch.arange(float(columns)).expand(rows, -1),
     "falling": lambda rows, columns: -torch.arange(float(columns)).expand(rows, -1),
 }
@@ -27,6 +31,7 @@ def test_selects_as_defined(kind, columns, device):
     allowed = reference.visible(lengths, columns)
     selected = positions(topk_mask(scores, allowed, 100), 100)
     assert torch.equal(selected, reference.top_positions(scores, allowed, 100).int())
+    assert torch.equal((selected >= 0).sum(1), lengths.clamp(max=100))
 
 
 def test_selects_among_any_allowed_subset(device):

@@ -1,5 +1,8 @@
 """The arguments, however they are given, and every refusal."""
 
+import copy
+import dataclasses
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -7,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang.srt.layers.misa import operations
+from sglang.srt.layers.misa import operations, process
 from sglang.srt.layers.misa import server_args as module
+from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
+from sglang.srt.server_args import ServerArgs
 from sglang_misa.server import server_env
 
 pytestmark = pytest.mark.skipif(
@@ -65,8 +70,9 @@ def test_values_at_the_bounds_are_accepted(parse):
         "--misa-active-heads 1",
         f"--misa-active-heads {HEADS}",
         "--misa-block-size 64",
-        "--misa-block-size 131072",
+        f"--misa-block-size {MAX_CONTEXT}",
         f"--misa-rerank-candidates {TOPK}",
+        f"--misa-rerank-candidates {MAX_CONTEXT}",
         "--misa-min-context 0",
         "--misa-min-context 4096",
     ):
@@ -82,6 +88,9 @@ def test_values_at_the_bounds_are_accepted(parse):
         ("--misa-block-size 0", "positive multiple of 64"),
         ("--misa-block-size -64", "positive multiple of 64"),
         ("--misa-block-size 100", "positive multiple of 64"),
+        ("--misa-block-size 4194368", "at most 4194304"),
+        ("--misa-block-size 2147483648", "at most 4194304"),
+        ("--misa-rerank-candidates 4194305", "at most 4194304"),
         ("--misa-rerank-candidates 255", "at least 256"),
         ("--misa-rerank-candidates -1", "at least 256"),
         ("--misa-min-context -1", "use 0"),
@@ -100,6 +109,7 @@ def test_values_that_are_no_numbers(parse, flag, capsys):
 
 
 COMBINATIONS = [
+    ("--use-ray", "drop --use-ray"),
     ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
     ("--dcp-size 2 --tp-size 2", "drop --dcp-size"),
     ("--disaggregation-mode prefill", "drop --disaggregation-mode"),
@@ -292,6 +302,30 @@ def test_a_model_without_dsa(parse, tiny_model, tmp_path):
     assert "DeepSeek Sparse Attention" in message and "drop --enable-misa" in message
 
 
+@pytest.mark.parametrize("name", ["index_n_heads", "index_topk"])
+@pytest.mark.parametrize("value", [None, 0, -1, "64", 64.0, True, [64]])
+def test_a_model_whose_config_is_wrong(parse, name, value, monkeypatch):
+    """`None` stands for a config without the value too."""
+    args = parse()
+    hf_config = copy.copy(args.get_model_config().hf_config)
+    setattr(hf_config, name, value)
+    monkeypatch.setattr(args.get_model_config(), "hf_config", hf_config)
+    # Without index_topk a model is none with DSA.
+    monkeypatch.setattr(module, "is_deepseek_dsa", lambda _: True)
+    message = refusal(module.check_misa_server_args, args)
+    assert f"{name}={value!r}" in message and "drop --enable-misa" in message
+    delattr(hf_config, name)
+    assert f"{name}=None" in refusal(module.check_misa_server_args, args)
+
+
+@pytest.mark.parametrize("index_n_heads", [None, 0])
+def test_a_server_whose_models_config_is_wrong(
+    parse, tiny_model, tmp_path, index_n_heads
+):
+    path = model_with(tiny_model, tmp_path, index_n_heads=index_n_heads)
+    assert "index_n_heads=" in refusal(parse, "", path)
+
+
 def test_a_model_that_selects_less_than_a_page(parse, tiny_model, tmp_path):
     path = model_with(tiny_model, tmp_path, index_topk=32)
     assert "index_topk=32" in refusal(parse, "", path)
@@ -305,7 +339,54 @@ def test_without_misa_nothing_is_refused(model):
     args = prepare_server_args(
         ["--model-path", model, *FLAGS, "--enable-hierarchical-cache"]
     )
-    assert not args.enable_misa
+    assert module.misa_config(args) is None
+    args = prepare_server_args(["--model-path", model, *FLAGS, "--misa-block-size=7"])
+    assert module.misa_config(args) is None
+
+
+@dataclasses.dataclass
+class OtherArgs(ServerArgs):
+    """Another plugin's class."""
+
+    other: int = 3
+
+
+def test_copies(parse, monkeypatch):
+    """However they are copied, the arguments stay what they are, and a process that gets them has to have MISA."""
+    args = parse("--misa-active-heads 4")
+    for copied in (
+        copy.copy(args),
+        copy.deepcopy(args),
+        dataclasses.replace(args, misa_block_size=128),
+    ):
+        assert type(copied) is type(args) and isinstance(copied, ServerArgs)
+        assert module.misa_config(copied).active_heads == 4
+    monkeypatch.setattr(process, "requires_misa", False)
+    assert pickle.loads(pickle.dumps(args)) == args
+    assert process.requires_misa
+    off = dataclasses.replace(args, enable_misa=False)
+    assert module.misa_config(off) is None
+    on = dataclasses.replace(off, enable_misa=True)
+    assert module.misa_config(on) == module.misa_config(args)
+
+
+def test_with_the_class_of_another_plugin(parse):
+    given = vars(parse("--misa-active-heads 4"))
+    given = {x.name: given[x.name] for x in dataclasses.fields(ServerArgs)}
+    args = module.with_misa(OtherArgs)(**given, enable_misa=True, other=5)
+    args = pickle.loads(pickle.dumps(args))
+    assert isinstance(args, OtherArgs) and args.other == 5
+    assert module.misa_config(args) == MisaConfig()
+
+
+def test_a_program_that_makes_its_own_arguments(parse):
+    """As `Engine` does, by keyword; without `enable_misa` what else MISA takes means nothing."""
+    given = vars(parse())
+    given = {x.name: given[x.name] for x in dataclasses.fields(ServerArgs)}
+    args = ServerArgs(**given, enable_misa=True, misa_active_heads=4)
+    assert module.misa_config(args) == MisaConfig(active_heads=4)
+    for values in ({}, {"enable_misa": False}, {"misa_active_heads": 4}):
+        assert type(ServerArgs(**given, **values)) is ServerArgs
 
 
 def test_yaml_config(parse, tmp_path):

@@ -15,6 +15,10 @@ against it. Shapes used throughout:
 Every selection returns int64 [T, topk]: positions in ascending order, padded with -1. Equal scores are broken in
 favour of the lower position. Forced tokens (a model's index_init_tokens and index_local_tokens) score +inf.
 
+A score that is NaN ranks below every number, an estimate of a head that is NaN above every one: whatever the bits are, a row
+selects exactly min(topk, lengths[t]) positions, each once, and exactly active_heads heads score them. Kernels keep to that
+too, but a score may be a number there and NaN here: their relu of NaN is 0.
+
 Sources: DSA, arXiv 2512.02556 (eq. 1); MISA, arXiv 2605.07363; HISA, arXiv 2603.28458. The shared head, and the
 re-ranking of a band, are this project's own.
 """
@@ -66,9 +70,10 @@ def visible(lengths: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def top_positions(scores, allowed, topk: int) -> torch.Tensor:
     """The `topk` positions of highest score among the `allowed` ones (bool [T, S]) of every row."""
-    # Two stable sorts order the positions by (allowed, score, lower position first).
+    # Two stable sorts order the positions by (allowed, a number, score, lower position first).
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    ranks = allowed.gather(1, order).int().sort(dim=1, descending=True, stable=True)
+    rank = (2 * allowed.int() - scores.isnan().int()).gather(1, order)
+    ranks = rank.sort(dim=1, descending=True, stable=True)
     best = order.gather(1, ranks.indices)[:, :topk]
     end = scores.shape[1]
     best = best.masked_fill(~allowed.gather(1, best), end).sort(dim=1).values
