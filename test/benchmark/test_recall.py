@@ -20,6 +20,7 @@ from recall import (
     future_means,
     heaviest_by_layer,
     selections,
+    shared_selections,
     some_rows,
     spread_lengths,
     summarize,
@@ -82,25 +83,60 @@ def test_selections():
     for variant, share in shares.items():
         by_name.setdefault(variant.variant, []).append((variant.active_heads, share))
         assert 0 <= share <= 1
-    assert all(share == 1 for heads, share in by_name["misa"] if heads == 16)
+    assert all(
+        share == 1
+        for variant, share in shares.items()
+        if variant[:2] == ("misa", 16) and variant.router == "pooled"
+    )
     # As many candidates as there are tokens: the second stage is DSA.
-    assert all(share == 1 for _, share in by_name["misa-hierarchical"])
+    whole = {v: s for v, s in shares.items() if v.variant == "misa-hierarchical"}
+    assert all(share == 1 for variant, share in whole.items() if variant.taken == 0)
+    assert {v.taken for v in whole if v.router == "sampled"} == {0, 32, 48, 64}
     assert all(share == 1 for _, share in by_name["hisa"] + by_name["dsa"])
     for variant, select in selections(rows, TOPK, heaviest):
         if variant.variant == "misa":
             numbers = variant._asdict()
-            del numbers["variant"]
-            assert torch.equal(select(), reference.misa(*rows, TOPK, **numbers))
+            del numbers["variant"], numbers["router"]
+            misa = reference.misa
+            if variant.router == "sampled":
+                misa = reference.misa_shared
+                del numbers["block_size"]
+            assert torch.equal(select(), misa(*rows, TOPK, **numbers))
         if variant.variant == "heaviest-heads":
             scored = reference.of_heads(*rows[:2], heaviest.expand(len(rows.q), -1))
             assert torch.equal(select(), reference.dsa(*scored, *rows[2:], TOPK))
     # Random keys: small blocks still say something of them, large ones do not.
     (routed,) = [s for v, s in shares.items() if v[:3] == ("misa", 8, 64)]
     assert routed > by_name["random-heads"][0][1] + 0.1
+    shared = {
+        v.active_heads: s
+        for v, s in shares.items()
+        if v.router == "sampled" and v.variant == "misa"
+    }
+    assert list(shared) == [1, 2, 4, 8] and shared[8] > routed
+    # It counts which heads are routed.
+    ((heads, share),) = by_name["random-heads-shared"]
+    assert heads == 8 and share < shared[8]
     assert set(by_name) == {
         *("dsa", "misa", "misa-hierarchical", "hisa", "random-heads"),
         *("heaviest-heads", "future-means", "own-key"),
+        *("random-heads-shared", "half-slopes"),
     }
+
+
+def test_slopes_count_where_heads_do_not_fire_half_of_the_time():
+    rows = rows_of()
+    q, k = (rows.q.float() - 30, rows.k.float() + 30)
+    q, k = (x.clamp(-448, 448).to(rows.q.dtype) for x in (q, k))
+    rows = rows._replace(q=q, k=k)
+    wanted = reference.members(reference.dsa(*rows, TOPK), len(k))
+    shares = {
+        variant: recall(reference.members(select(), len(k)), wanted).mean()
+        for variant, select in shared_selections(rows, TOPK)
+        if variant in (Variant("misa", 8, router="sampled"), Variant("half-slopes", 8))
+    }
+    measured, halves = shares.values()
+    assert measured > halves + 0.05
 
 
 def test_shortcuts_differ_from_the_definition():
