@@ -1,6 +1,7 @@
 """Draws the speed-up over production from what bench_indexer.py wrote, into a PNG beside it.
 
-Left: prefill, over the context length. Right: decode and verify, one group of bars a case.
+Left: prefill, over the context length. Right: decode and verify, one group of bars a case. Both on Gaussian keys; where other kinds
+of keys were measured, what the worst of them leaves of the speed-up is drawn beside it, with its name.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from indexer.data import USUAL
+from indexer.report import lowest_speedups
 
 COLORS = {
     "misa": "tab:blue",
@@ -24,20 +27,29 @@ def draw_prefill(axes, records: list) -> None:
     counts = [r["rows"] for r in records]
     usual = max(set(counts), key=counts.count, default=0)
     records = [r for r in records if r["rows"] == usual]
+    gaussian = [r for r in records if r["keys"] == USUAL]
+    slow = lowest_speedups(records)
     for heads, style in ((64, "o-"), (32, "s--")):
         for variant, color in COLORS.items():
-            mine = [
-                r for r in records if r["heads"] == heads and r["variant"] == variant
-            ]
-            mine.sort(key=lambda r: r["context"])
+
+            def points(chosen):
+                mine = [
+                    r for r in chosen if r["heads"] == heads and r["variant"] == variant
+                ]
+                mine.sort(key=lambda r: r["context"])
+                x = [r["context"] // 1024 for r in mine]
+                return mine, x, [r["speedup"] for r in mine]
+
+            mine, x, y = points(gaussian)
             if mine:
-                axes.plot(
-                    [r["context"] // 1024 for r in mine],
-                    [r["speedup"] for r in mine],
-                    style,
-                    color=color,
-                    label=f"{variant}, {heads} heads",
-                )
+                label = f"{variant}, {heads} heads"
+                axes.plot(x, y, style, color=color, label=label)
+            mine, x, y = points(slow)
+            if mine:
+                label = f"{variant}, {heads} heads, worst keys"
+                axes.plot(x, y, style[0] + ":", color=color, mfc="white", label=label)
+            for r, *place in zip(mine, x, y):
+                axes.annotate(r["keys"], place, fontsize=6, color=color)
     ticks = sorted({r["context"] // 1024 for r in records})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick}K" for tick in ticks])
@@ -47,23 +59,29 @@ def draw_prefill(axes, records: list) -> None:
 
 
 def draw_decode(axes, records: list) -> None:
-    """Bars: one group a case, by context, batch and rows a sequence."""
+    """Bars: one group a case, by context, batch and rows a sequence; a black line where the worst keys are."""
     cases = list(dict.fromkeys(r["case"] for r in records))
     measured = {r["variant"] for r in records}
     variants = [variant for variant in COLORS if variant in measured]
-    width = 0.8 / len(variants)
-    for n, variant in enumerate(variants):
-        mine = [r for r in records if r["variant"] == variant]
+    width = 0.8 / max(1, len(variants))
+
+    def place(r):
+        n = variants.index(r["variant"])
+        return cases.index(r["case"]) + (n - (len(variants) - 1) / 2) * width
+
+    for variant in variants:
+        mine = [r for r in records if r["variant"] == variant and r["keys"] == USUAL]
         axes.bar(
-            [
-                cases.index(r["case"]) + (n - (len(variants) - 1) / 2) * width
-                for r in mine
-            ],
+            [place(r) for r in mine],
             [r["speedup"] for r in mine],
             width,
             color=COLORS[variant],
             label=variant,
         )
+    for r in lowest_speedups(records):
+        x, y = place(r), r["speedup"]
+        axes.hlines(y, x - width / 2, x + width / 2, color="black")
+        axes.annotate(r["keys"], (x, y), fontsize=6, rotation=90, ha="center")
     axes.set_xticks(range(len(cases)), cases, rotation=40, ha="right", fontsize=8)
     axes.set_title("decode and speculative verify")
 

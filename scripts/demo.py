@@ -10,22 +10,19 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Dict, List
 
-import requests
+from mini_dsa.tasks import asked, told
+from sglang_misa.client import Client
+from sglang_misa.server import serve
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "test" / "misa"), str(ROOT / "benchmark" / "quality")]
+from sglang.srt.layers.misa.testing.recall import share_of_dsa
 
-from niah import NEEDLE, QUESTION
-from recall import recall
-from server import Server
-
-from sglang.srt.layers.misa import reference
-
+CHECKPOINT = Path(__file__).parent / "mini_dsa" / "checkpoint"
 # What is told, how deep in the text, and what is asked for at its end.
 NEEDLES = (
     ("bakodi", "7391642", 0.2),
     ("serupa", "2085517", 0.6),
 )
+ANSWER_TOKENS = 9
 
 
 def haystack(characters: int) -> str:
@@ -34,33 +31,16 @@ def haystack(characters: int) -> str:
     parts = []
     for key, number, depth in NEEDLES:
         place = int(depth * len(text))
-        parts += [text[done:place], NEEDLE.format(key=key, value=number)]
+        parts += [text[done:place], told("magic", key, number)]
         done = place
     return "".join([*parts, text[done:]])
 
 
-def ask(server: Server, prompt: str) -> Dict:
-    """Stream a completion; returns its text, the seconds to the first token and the usage that the server states."""
+def ask(server: Client, prompt: str) -> Dict:
+    """A completion: its text, the seconds to the first token and the usage that the server states."""
     start = time.perf_counter()
-    response = requests.post(
-        server.url + "/v1/completions",
-        json={
-            "model": "default",
-            "prompt": prompt,
-            "max_tokens": 9,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        },
-        stream=True,
-        timeout=1800,
-    )
-    response.raise_for_status()
     answer = {"text": "", "seconds": None, "usage": None}
-    for line in response.iter_lines():
-        if not line.startswith(b"data: {"):
-            continue
-        event = json.loads(line[len(b"data: ") :])
+    for event in server.stream(prompt, ANSWER_TOKENS):
         if answer["seconds"] is None:
             answer["seconds"] = time.perf_counter() - start
         answer["text"] += "".join(choice["text"] for choice in event["choices"])
@@ -71,13 +51,7 @@ def ask(server: Server, prompt: str) -> Dict:
 def overlap(records: List[Dict], topk: int, rows: int = 32) -> float:
     """The share of DSA's selection that was selected, over the last `rows` queries of the prompt."""
     record = [record for record in records if len(record["q"]) > 1][-1]
-    q, weights, lengths, positions = (
-        record[name][-rows:] for name in ("q", "weights", "lengths", "positions")
-    )
-    dsa = reference.dsa(q, weights, record["k"], record["k_scale"], lengths, topk)
-    found = reference.members(positions.long(), len(record["k"]))
-    wanted = reference.members(dsa, len(record["k"]))
-    return recall(found, wanted).mean().item()
+    return share_of_dsa(record, topk, rows)
 
 
 def report(answer: Dict, number: str, records: List[Dict], topk: int) -> bool:
@@ -107,7 +81,7 @@ def main() -> int:
     add(
         "--model",
         type=Path,
-        default=ROOT / "scripts" / "mini_dsa" / "checkpoint",
+        default=CHECKPOINT,
         help="the checkpoint of a model whose tokens are bytes",
     )
     add("--characters", type=int, default=8000, help="length of the text")
@@ -126,16 +100,16 @@ def main() -> int:
     print(f"Starting: sglang.launch_server {' '.join(server_args)} ...", flush=True)
     start, right = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as directory:
-        with Server(args.model, Path(directory), *server_args, env=env) as server:
+        with serve(args.model, Path(directory), *server_args, env=env) as server:
             print(f"The server is up after {time.perf_counter() - start:.0f} s.")
             for key, number, depth in NEEDLES:
                 print(
                     f"\nPython's documentation, {len(text)} characters of it, and {depth:.0%} of the way in: "
-                    f"{NEEDLE.format(key=key, value=number).strip()!r}. Then: {QUESTION.format(key=key).strip()!r}",
+                    f"{told('magic', key, number).strip()!r}. Then: {asked('magic', key).strip()!r}",
                     flush=True,
                 )
                 server.forget()
-                answer = ask(server, text + QUESTION.format(key=key))
+                answer = ask(server, text + asked("magic", key))
                 right.append(report(answer, number, server.records(), topk))
     return 0 if all(right) else 1
 

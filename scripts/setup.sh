@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-inputs=(scripts/setup.sh pyproject.toml sgl-kernel-misa/pyproject.toml sgl-kernel-misa/build-requirements.txt test/requirements.txt test/cpu_engine/pyproject.toml test/cpu_engine/requirements.txt)
+inputs=(scripts/setup.sh pyproject.toml setup.py python/sglang_misa.pth sgl-kernel-misa/python/sgl_kernel_misa/version.py sgl-kernel-misa/pyproject.toml sgl-kernel-misa/build-requirements.txt test/requirements.txt test/cpu_engine/pyproject.toml test/cpu_engine/requirements.txt)
 stamp=.venv/.installed-$(cat "${inputs[@]}" | sha256sum | cut -c1-16)
 [ -e "$stamp" ] && exit 0
 

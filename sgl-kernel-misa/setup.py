@@ -7,6 +7,7 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
+# What builds is not installed: it is found beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from build_kernels import build

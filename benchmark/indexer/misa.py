@@ -2,7 +2,10 @@
 
 import torch
 
-from .data import PAGE_SIZE, Step, positions_from_ragged, positions_from_slots
+from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.layers.misa.testing.batches import Batch
+
+from .data import Step
 
 
 class Misa:
@@ -15,7 +18,7 @@ class Misa:
         self,
         name: str,
         step: Step,
-        layers: list,
+        layers: list[Batch],
         topk: int,
         active_heads: int | None,
         block_size: int,
@@ -132,7 +135,8 @@ class Misa:
             return {}
         step = self.step
         position = step.lengths.long() - 1
-        pages = step.page_table[step.row_sequence, position // PAGE_SIZE].long()
+        sequence = self.layers[0].row_sequence()
+        pages = step.page_table[sequence, position // PAGE_SIZE].long()
         slots = pages * PAGE_SIZE + position % PAGE_SIZE
 
         def update(i: int) -> None:
@@ -142,5 +146,4 @@ class Misa:
         return {"update": update}
 
     def positions(self, output: torch.Tensor) -> torch.Tensor:
-        convert = positions_from_ragged if self.prefill else positions_from_slots
-        return convert(self.step, output)
+        return self.step.positions(self.layers[0], output)

@@ -10,7 +10,10 @@ from types import SimpleNamespace
 
 import torch
 
-from .data import PAGE_SIZE, Layer, Step, positions_from_ragged, positions_from_slots
+from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.layers.misa.testing.batches import Batch
+
+from .data import Step, contiguous_keys
 
 LOGITS_FREE_MEMORY = 0.2  # SGLANG_DSA_MQA_LOGITS_FREE_MEM_FRACTION
 LOGITS_TOTAL_MEMORY = 0.3  # Indexer._MQA_LOGITS_TOTAL_MEM_FRACTION
@@ -22,7 +25,7 @@ class Prefill:
     name = "dsa"
     path = "fp8_mqa_logits + fast_topk_transform_ragged_fused"
 
-    def __init__(self, step: Step, layers: list, topk: int):
+    def __init__(self, step: Step, layers: list[Batch], topk: int):
         import deep_gemm
 
         from sglang.srt.layers.attention.dsa.dsa_topk_backend import (
@@ -31,6 +34,7 @@ class Prefill:
         )
 
         self.step, self.layers, self.topk = step, layers, topk
+        self.keys = [contiguous_keys(layer) for layer in layers]
         self.deep_gemm = deep_gemm
         self.backend = DSATopKBackend.SGL_KERNEL
         self.method = TopkTransformMethod
@@ -55,7 +59,7 @@ class Prefill:
         layer = self.layers[i]
         return self.deep_gemm.fp8_mqa_logits(
             layer.q[rows],
-            (layer.k, layer.k_scale),
+            self.keys[i],
             layer.weights[rows],
             self.step.offsets[rows],
             self.row_ends[rows],
@@ -124,7 +128,7 @@ class Prefill:
         return extras
 
     def positions(self, output: torch.Tensor) -> torch.Tensor:
-        return positions_from_ragged(self.step, output)
+        return self.step.positions(self.layers[0], output)
 
 
 class Paged:
@@ -132,7 +136,7 @@ class Paged:
 
     name = "dsa"
 
-    def __init__(self, step: Step, layers: list, topk: int):
+    def __init__(self, step: Step, layers: list[Batch], topk: int):
         import deep_gemm
 
         from sglang.kernels.ops.attention.dsa import (
@@ -184,7 +188,7 @@ class Paged:
         arguments = (
             self.fp8_paged_mqa_logits,
             layer.q,
-            layer.index_k.view(self.step.num_pages, PAGE_SIZE, 1, -1),
+            layer.index_k.view(len(layer.index_k), PAGE_SIZE, 1, -1),
             layer.weights,
             self.context_lens,
             page_table,
@@ -223,9 +227,9 @@ class Paged:
         return {}
 
     def positions(self, output: torch.Tensor) -> torch.Tensor:
-        return positions_from_slots(self.step, output)
+        return self.step.positions(self.layers[0], output)
 
 
-def make(step: Step, layers: list[Layer], topk: int):
+def make(step: Step, layers: list[Batch], topk: int):
     kind = Prefill if step.case.mode == "prefill" else Paged
     return kind(step, layers, topk)

@@ -44,10 +44,11 @@ def default_output(device: str) -> Path:
 
 
 def write(records: list, path: Path) -> None:
-    """Put records into a file, in the place of those of the same case and variant."""
+    """Put records into a file, in the place of those of the same case, variant, keys and router."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else []
-    merged = {(r["case"], r["variant"]): r for r in kept + records}
+    names = ("case", "variant", "keys", "router")
+    merged = {tuple(r[name] for name in names): r for r in kept + records}
     path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
 
 
@@ -65,7 +66,10 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-HEADER = f"  {'variant':18} {'total':>10}  {'[p10 - p90]':<23} {'speed-up':>8} {'workspace':>10}  {'exact':5}  stages"
+HEADER = (
+    f"  {'variant':18} {'total':>10}  {'[p10 - p90]':<23} {'speed-up':>8} {'TFLOPS':>6} {'GB/s':>6} {'of copy':>7} "
+    f"{'workspace':>10}  {'exact':5}  stages"
+)
 
 
 def line(record: dict) -> str:
@@ -80,11 +84,69 @@ def line(record: dict) -> str:
     exact = "yes" if record["exact"] else "NO"
     return (
         f"  {record['variant']:18} {time(ms['total']):>10}  {between:<23} {speedup:>8} "
+        f"{record['tflops']:6.0f} {record['gbps']:6.0f} {record['copy_share']:7.0%} "
         f"{size(record['workspace_bytes']):>10}  {exact:5}  {stages}{extras}"
     )
 
 
 def why_not_exact(record: dict) -> str:
-    return "    not exact: " + ", ".join(
-        f"{k} {v}" for k, v in record["checks"].items()
+    return f"    {record['outcome']}: " + ", ".join(
+        f"{k} {v}" for k, v in record["checks"].items() if v is not None
     )
+
+
+def failures(records: list) -> list:
+    """Those in which something is wrong with us, or did not run at all."""
+    return [r for r in records if r["outcome"] in ("wrong", "failed")]
+
+
+def worst(records: list, usual: str) -> dict:
+    """The kind of keys on which each variant takes longest, beside the usual kind.
+
+    Returns:
+        {(case, variant, router): (record of the usual kind, record of the slowest)}, where both and at least two kinds were
+        measured.
+    """
+    groups = {}
+    for r in records:
+        if r["outcome"] != "failed":
+            group = groups.setdefault((r["case"], r["variant"], r["router"]), {})
+            group[r["keys"]] = r
+    return {
+        key: (group[usual], max(group.values(), key=lambda r: r["ms"]["total"]))
+        for key, group in groups.items()
+        if usual in group and len(group) > 1
+    }
+
+
+def lowest_speedups(records: list) -> list:
+    """Of every case, variant and router with several kinds of keys, the record with the lowest speed-up over production."""
+    groups = {}
+    for r in records:
+        if r.get("speedup"):
+            key = r["case"], r["variant"], r["router"]
+            groups.setdefault(key, []).append(r)
+    return [
+        min(group, key=lambda r: r["speedup"])
+        for group in groups.values()
+        if len(group) > 1
+    ]
+
+
+def worst_keys(records: list, usual: str) -> str:
+    """A line for each case and variant: the worst kind of keys beside the usual one; empty if one kind alone was measured."""
+    found = worst(records, usual)
+    if not found:
+        return ""
+    lines = [f"\nThe slowest keys, beside {usual} ones:"]
+    for (case, variant, _), (base, slow) in found.items():
+        ratio = slow["ms"]["total"] / base["ms"]["total"]
+        lines.append(
+            f"  {case:24} {variant:18} {slow['keys']:9} {time(slow['ms']['total']):>10} = {ratio:5.2f} times "
+            f"{time(base['ms']['total']):>10}; speed-up {figure(slow['speedup'])} instead of {figure(base['speedup'])}"
+        )
+    return "\n".join(lines)
+
+
+def figure(speedup: float | None) -> str:
+    return f"{speedup:.2f}" if speedup else "-"

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Dict, Iterator, Optional
 
 from run_lm_eval import SUITES
+from sglang_misa.server import StartError, launch
 
 from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
-from sglang.srt.utils import kill_process_tree
 from sglang.srt.utils.network import is_port_available
-from sglang.utils import wait_for_http_ready
 
 HERE = Path(__file__).parent
 SHORTEST_RULER = 4096  # tokens; the paper's too
@@ -59,28 +58,16 @@ def serve(
     """
     if not is_port_available(args.port):
         raise SystemExit(f"evaluate: --port {args.port} is taken; give a free one")
-    url, log = f"http://127.0.0.1:{args.port}", args.output / f"{name}.log"
     command = [sys.executable, "-m", "sglang.launch_server"]
     command += ["--model-path", args.model_path, "--port", str(args.port)]
     command += [*args.server_args, *options]
     print(f"{name}: {' '.join(command[1:])}", flush=True)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **(env or {})},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+    log, env = args.output / f"{name}.log", {**os.environ, **(env or {})}
     try:
-        try:
-            wait_for_http_ready(url=f"{url}/health", process=process)
-        except RuntimeError as error:
-            raise SystemExit(f"evaluate: {name}: {error}; its log is {log}")
-        yield url
-    finally:
-        kill_process_tree(process.pid, wait_timeout=60)
-        # That waits for the children, not always for the server itself, which has the port.
-        process.wait()
+        with launch(command, args.port, log, env) as server:
+            yield server.url
+    except StartError as error:
+        raise SystemExit(f"evaluate: {name}: {error}")
 
 
 def ask(args: argparse.Namespace, url: str) -> None:

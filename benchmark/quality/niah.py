@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 from kept_answers import KeptAnswers
-from sglang_server import Server
+from sglang_misa.client import Client
 from tqdm import tqdm
 
 NEEDLE = "\nThe magic number of {key} is {value}.\n"
@@ -102,7 +102,7 @@ def summarize(answers: List[Dict]) -> List[Dict]:
     return results
 
 
-def ask(server: Server, trial: Trial, haystack: List[int]) -> List[bool]:
+def ask(server: Client, trial: Trial, haystack: List[int]) -> List[bool]:
     """Whether each needle of a trial is found."""
     return [
         server.complete(tokens, ANSWER_TOKENS).strip().startswith(value)
@@ -128,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    server = Server(args.url)
+    server = Client(args.url)
     variant = server.variant()
     haystack = server.tokenize(args.haystack.read_text(errors="replace"))
     if len(haystack) < max(args.contexts):

@@ -19,7 +19,7 @@ from typing import Dict, List
 
 from kept_answers import KeptAnswers
 from results import Variant, ci95, show
-from sglang_server import Server
+from sglang_misa.client import Client
 from tqdm import tqdm
 
 
@@ -37,7 +37,7 @@ def window_ends(tokens: int, longest: int, scored: int, windows: int) -> List[in
     ]
 
 
-def negative_log_likelihood(server: Server, window: List[int], scored: int) -> float:
+def negative_log_likelihood(server: Client, window: List[int], scored: int) -> float:
     """The mean over the last `scored` tokens of a window, in nats."""
     answer = server.post(
         "/generate",
@@ -47,7 +47,7 @@ def negative_log_likelihood(server: Server, window: List[int], scored: int) -> f
         # The first token from here on has no log-probability.
         logprob_start_len=len(window) - scored - 1,
     )
-    rows = answer["meta_info"]["input_token_logprobs"][1:]
+    rows = answer.json()["meta_info"]["input_token_logprobs"][1:]
     if [token for _, token, *_ in rows] != window[-scored:]:
         raise RuntimeError("the server did not score the tokens that it was asked for")
     return -mean(logprob for logprob, *_ in rows)
@@ -102,7 +102,7 @@ def main() -> None:
     args = parse_arguments()
     if min(args.contexts) <= args.scored:
         raise SystemExit("perplexity: every context has to be longer than --scored")
-    server = Server(args.url)
+    server = Client(args.url)
     text = args.text.read_text(errors="replace")
     tokens, first = server.tokenize(text), server.special_tokens()
     room = max(args.contexts) - len(first)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Dict, List
 
 import matplotlib
-from results import read
+from results import Variant, read
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -17,12 +17,14 @@ METRICS = {
 
 
 def name(record: Dict) -> str:
-    candidates = record["rerank_candidates"]
-    return record["variant"] + (f", m = {candidates}" if candidates else "")
+    variant = Variant.of(record)
+    shown = variant.variant + ", shared head" * (variant.router == "sampled")
+    numbers = zip("ma", (variant.rerank_candidates, variant.taken))
+    return ", ".join([shown, *(f"{letter} = {n}" for letter, n in numbers if n)])
 
 
 def curves(axis, records: List[Dict]) -> None:
-    """Single-stage MISA over the heads, a curve a block size; DSA as a line."""
+    """Single-stage MISA over the heads, a curve a block size and one with the shared head; DSA as a line."""
     blocks = sorted({r["block_size"] for r in records if r["variant"] == "misa"})
     for place, block in enumerate(blocks):
         points = sorted(
@@ -32,7 +34,10 @@ def curves(axis, records: List[Dict]) -> None:
         )
         heads, values, errors = zip(*points)
         color = plt.cm.viridis(place / max(1, len(blocks) - 1))
-        axis.errorbar(heads, values, errors, marker=".", color=color, label=block)
+        shown = {"marker": ".", "color": color, "label": block}
+        if block == 0:  # the sampled router has no blocks
+            shown |= {"color": "tab:red", "label": "none: shared head"}
+        axis.errorbar(heads, values, errors, **shown)
     for r in records:
         if r["variant"] == "dsa":
             axis.axhline(r["value"], color="black", linestyle=":", label="DSA")
@@ -49,7 +54,7 @@ def bars(axis, records: List[Dict]) -> None:
         r
         for r in records
         if r["variant"] != "misa"
-        or (r["variant"], r["active_heads"], r["block_size"]) == ("misa", 8, 1024)
+        or (r["active_heads"] == 8 and r["block_size"] in (0, 1024))
     ]
     values = [r["value"] for r in shown]
     axis.barh([name(r) for r in shown], values, xerr=[r["ci95"] or 0 for r in shown])

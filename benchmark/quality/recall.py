@@ -29,10 +29,14 @@ from tqdm import tqdm
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.capture import ATTENTION_STRIDE
 from sglang.srt.layers.misa.evaluation import heaviest_heads, random_heads
+from sglang.srt.layers.misa.testing.recall import recall
 
 ACTIVE_HEADS = (1, 2, 4, 8, 16, 32, 64)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048)
 RERANK_CANDIDATES = (4096, 8192, 16384)
+# With the shared head: candidates, and how much of the selection is taken from them as it is.
+SHARED_RERANK_CANDIDATES = (2560, 3072, 4096, 5120, 6144)
+SHARED_TAKEN = (0, 0.25, 0.375, 0.5)
 CONTROL_HEADS = 8
 
 
@@ -84,6 +88,42 @@ def own_key(rows: Rows, topk: int, count: int) -> torch.Tensor:
     return selected_by(rows, reference.best_heads(estimates, count), topk)
 
 
+def shared_selections(
+    rows: Rows, topk: int
+) -> Iterator[Tuple[Variant, Callable[[], torch.Tensor]]]:
+    """Those of MISA with a shared head, and of its controls.
+
+    The controls choose the routed heads by chance, or take 1/2 for the slope of every head.
+    """
+    q, weights, k, k_scale, lengths = rows
+    slopes, estimates = reference.slopes_and_estimates(*rows)
+
+    # `reference.misa_shared`, but what the router samples is computed once for all numbers of heads.
+    def select(heads, slopes=slopes, **rerank) -> torch.Tensor:
+        shared = reference.shared_query(q, weights, slopes, heads)
+        scored = reference.of_heads(q, weights, heads)
+        scores = reference.token_scores(*scored, k, k_scale, *shared)
+        return reference.best_of(scores, *rows, topk, **rerank)
+
+    for count in ACTIVE_HEADS:
+        if count < q.shape[1]:  # all heads are DSA
+            heads = reference.best_heads(estimates, count - 1)
+            variant = Variant("misa", count, router="sampled")
+            yield variant, lambda heads=heads: select(heads)
+    heads = reference.best_heads(estimates, CONTROL_HEADS - 1)
+    for candidates in SHARED_RERANK_CANDIDATES:
+        for share in SHARED_TAKEN:
+            rerank = {"rerank_candidates": candidates, "taken": int(share * topk)}
+            yield (
+                Variant("misa-hierarchical", 8, **rerank, router="sampled"),
+                lambda rerank=rerank: select(heads, **rerank),
+            )
+    by_chance = random_heads(lengths, q.shape[1], CONTROL_HEADS - 1)
+    yield Variant("random-heads-shared", CONTROL_HEADS), lambda: select(by_chance)
+    halves = torch.full_like(slopes, 0.5)
+    yield Variant("half-slopes", CONTROL_HEADS), lambda: select(heads, halves)
+
+
 def selections(
     rows: Rows, topk: int, heaviest: torch.Tensor
 ) -> Iterator[Tuple[Variant, Callable[[], torch.Tensor]]]:
@@ -101,7 +141,7 @@ def selections(
         )
         for heads in sorted({min(heads, total) for heads in ACTIVE_HEADS}):
             yield (
-                Variant("misa", heads, block),
+                Variant("misa", heads, block, router="pooled"),
                 lambda e=estimates, h=heads: selected_by(
                     rows, reference.best_heads(e, h), topk
                 ),
@@ -110,9 +150,10 @@ def selections(
         numbers = {"active_heads": 8, "block_size": 1024}
         numbers["rerank_candidates"] = candidates
         yield (
-            Variant("misa-hierarchical", **numbers),
+            Variant("misa-hierarchical", **numbers, router="pooled"),
             lambda numbers=numbers: reference.misa(*rows, topk, **numbers),
         )
+    yield from shared_selections(rows, topk)
     yield Variant("hisa", 0, 128), lambda: reference.hisa(*rows, topk)
     for name, heads in (
         ("random-heads", random_heads(rows.lengths, total, CONTROL_HEADS)),
@@ -142,11 +183,6 @@ def dense_attention(record: Dict, lengths: torch.Tensor) -> torch.Tensor:
         logits = q[rows, head] @ k.T * record["scaling"]
         total += logits.masked_fill_(hidden, float("-inf")).softmax(1)
     return total / q.shape[1]
-
-
-def recall(selected: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The share of the positions `wanted` that are `selected`: float32 [T] of two sets of positions, bool [T, S]."""
-    return (selected & wanted).sum(1) / wanted.sum(1)
 
 
 def attention_mass(selected: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:

@@ -8,15 +8,23 @@ from scipy.stats import sem, t
 
 
 class Variant(NamedTuple):
-    """What selects; 0 where it has no such number."""
+    """What selects; 0 where it has no such number, "" where it has no router.
+
+    `active_heads` counts slots: with the sampled router the shared head has one of them.
+    """
 
     variant: str
     active_heads: int = 0
     block_size: int = 0
     rerank_candidates: int = 0
+    taken: int = 0
+    router: str = ""
 
     @classmethod
     def of(cls, record: Dict) -> "Variant":
+        """That of a record; where it names no router it is from before there was another one than the paper's."""
+        router = "pooled" if record["variant"].startswith("misa") else ""
+        record = {"taken": 0, "router": router} | record
         return cls(*(record[name] for name in cls._fields))
 
 
@@ -38,8 +46,9 @@ def ci95(values: Sequence[float]) -> Optional[float]:
 def show(records: List[Dict]) -> None:
     """Print a line for each record."""
     for record in records:
+        record = Variant.of(record)._asdict() | record
         error = "" if record["ci95"] is None else f" +- {record['ci95']:.4f}"
         print(
-            "{variant:18} h {active_heads:2}  B {block_size:4}  m {rerank_candidates:5}  context {context:6}  "
+            "{variant:19} {router:7} h {active_heads:2}  B {block_size:4}  m {rerank_candidates:5}  a {taken:4}  context {context:6}  "
             "{metric:16} {value:.4f}".format(**record) + error
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 import local_data
-from sglang_server import Server
+from sglang_misa.client import REQUEST_SECONDS, Client
 from tqdm import tqdm
 
 SUITES = {
@@ -69,7 +69,7 @@ def cells(suites: List[str], tasks: List[str], lengths: List[int]) -> List[Cell]
 
 def evaluate(
     cell: Cell,
-    server: Server,
+    server: Client,
     tokenizer: str,
     cache: Path,
     parallel: int,
@@ -108,7 +108,7 @@ def evaluate(
             "add_bos_token": True,
             "max_length": server.info["max_req_input_len"],
             "num_concurrent": parallel,
-            "timeout": 3600,
+            "timeout": REQUEST_SECONDS,
         },
         # A task alone takes no changes, one in a group does.
         tasks=[{"group": cell.suite, "task": [changes]}],
@@ -135,7 +135,7 @@ def evaluate(
     }
 
 
-def check_tokenizer(wanted: List[Cell], server: Server) -> None:
+def check_tokenizer(wanted: List[Cell], server: Client) -> None:
     """Refuse what lm-eval would try to make for ever: its generators shrink a text until it fits.
 
     Raises:
@@ -214,7 +214,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    server = Server(args.url)
+    server = Client(args.url)
     wanted = cells(args.suite, args.tasks, args.lengths)
     longest = max((cell.context for cell in wanted), default=0)
     if longest and longest + UNCOUNTED_TOKENS > server.info["max_req_input_len"]:

@@ -35,16 +35,18 @@ COMPUTED = ("recall", "attention_mass")  # not served
 
 
 def heading(variant: Variant) -> str:
-    numbers = zip("hBm", variant[1:])
+    numbers = zip("hBma", variant[1:])
     shown = [f"{letter} {number}" for letter, number in numbers if number]
-    return f"{NAMES.get(variant.variant, variant.variant)} {', '.join(shown)}".strip()
+    name = NAMES.get(variant.variant, variant.variant)
+    name += " with a shared head" if variant.router == "sampled" else ""
+    return f"{name} {', '.join(shown)}".strip()
 
 
 PAPER = (
     Variant("dsa"),
     Variant("hisa", 0, 128),
-    Variant("misa", 8, 1024),
-    Variant("misa-hierarchical", 8, 1024, 8192),
+    Variant("misa", 8, 1024, router="pooled"),
+    Variant("misa-hierarchical", 8, 1024, 8192, router="pooled"),
 )
 
 

@@ -38,13 +38,20 @@ def fact(adjective: str, key: str) -> str:
     return f"The {adjective} number of {key} is"
 
 
+def told(adjective: str, key: str, value: str) -> str:
+    return f"\n{fact(adjective, key)} {value}.\n"
+
+
+def asked(adjective: str, key: str) -> str:
+    return f"\nWhat is the {adjective} number of {key}? {fact(adjective, key)}"
+
+
 def needle(rng: random.Random) -> Task:
     """A number to remember, asked for once or several times."""
     adjective, key, value = rng.choice(ADJECTIVES), name(rng), number(rng)
-    tells = fact(adjective, key)
-    asks = f"\nWhat is the {adjective} number of {key}? {tells}"
-    return [Statement(f"\n{tells} {value}.\n")] + [
-        Statement(asks, f" {value}.\n") for _ in range(rng.randint(1, 3))
+    return [Statement(told(adjective, key, value))] + [
+        Statement(asked(adjective, key), f" {value}.\n")
+        for _ in range(rng.randint(1, 3))
     ]
 
 
@@ -63,12 +70,12 @@ def multi_needle(rng: random.Random) -> Task:
     """Several numbers under one adjective; all are asked for together."""
     adjective = rng.choice(ADJECTIVES)
     values = {name(rng): number(rng) for _ in range(rng.randint(2, 4))}
-    told = [Statement(f"\n{fact(adjective, k)} {v}.\n") for k, v in values.items()]
-    asked = list(values.items())
-    rng.shuffle(asked)
-    return told + [
+    tells = [Statement(told(adjective, k, v)) for k, v in values.items()]
+    order = list(values.items())
+    rng.shuffle(order)
+    return tells + [
         Statement(f"\nAgain: {fact(adjective, key)}", f" {value}.\n")
-        for key, value in asked
+        for key, value in order
     ]
 
 

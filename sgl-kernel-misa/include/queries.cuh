@@ -3,6 +3,7 @@
 #pragma once
 
 #include "barrier.cuh"
+#include "layout.cuh"
 
 namespace misa {
 
@@ -26,9 +27,9 @@ template <int SLOTS>
 __device__ __forceinline__ void copy_query(const Queries& queries, int row, int slot, int piece, void* q_shared, int column) {
   const bool routed = slot < queries.active_heads, shared = queries.shared && slot == SLOTS - 1;
   const int head = routed ? queries.active[(long long)row * queries.active_heads + slot] : 0;
-  const char* from = shared ? (const char*)queries.shared_q + (long long)row * 128
-                            : (const char*)queries.q + ((long long)row * queries.num_heads + head) * 128;
-  cp_async_16_or_zero((char*)q_shared + column * 128 + (piece ^ column % 8) * 16, from + piece * 16, routed || shared);
+  const char* from = shared ? (const char*)queries.shared_q + (long long)row * kHeadDim
+                            : (const char*)queries.q + ((long long)row * queries.num_heads + head) * kHeadDim;
+  cp_async_16_or_zero((char*)q_shared + column * kHeadDim + (piece ^ column % 8) * 16, from + piece * 16, routed || shared);
 }
 
 // What the dot product of a row's slot is multiplied with. `sum_heads` takes the doubled relu of routed heads, hence 2 here.

@@ -13,6 +13,7 @@ namespace misa {
 
 constexpr int kSamples = 256;       // the most that stand for a prefix
 constexpr int kRouterThreads = 128;  // one warpgroup
+constexpr int kColumns = 64;         // heads of the wgmma
 
 // log2 of the tokens that one sample stands for: the least with which at most kSamples stand for all.
 __device__ __forceinline__ int sample_stride_shift(int length) { return 32 - __clz((unsigned)max(length - 1, 0) / kSamples); }
@@ -30,9 +31,9 @@ __device__ __forceinline__ void copy_samples(const void* keys, const void* scale
   const auto slot_of_sample = [&](int i) { return slot_of(routing_sample_position(min(i, last), shift), pages); };
   const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
   const char* const from = (const char*)keys + piece * 16;
-  char* const to = (char*)k_shared + row * 128 + (piece ^ row % 8) * 16;
+  char* const to = (char*)k_shared + row * kHeadDim + (piece ^ row % 8) * 16;
 #pragma unroll
-  for (int i = 0; i < kSamples; i += kRouterThreads / 8) cp_async_16(to + i * 128, from + key_offset(slot_of_sample(i + row)));
+  for (int i = 0; i < kSamples; i += kRouterThreads / 8) cp_async_16(to + i * kHeadDim, from + key_offset(slot_of_sample(i + row)));
 #pragma unroll
   for (int i = threadIdx.x; i < kSamples; i += kRouterThreads) {
     cp_async_4(s_shared + i, (const char*)scales + scale_offset(slot_of_sample(i)));
@@ -47,9 +48,9 @@ template <int HEADS>
 __device__ __forceinline__ void copy_heads(const void* q_row, void* q_shared) {
   const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
 #pragma unroll
-  for (int i = 0; i < 64; i += kRouterThreads / 8) {
-    cp_async_16((char*)q_shared + (i + row) * 128 + (piece ^ row % 8) * 16,
-                (const char*)q_row + ((i + row) % HEADS) * 128 + piece * 16);
+  for (int i = 0; i < kColumns; i += kRouterThreads / 8) {
+    cp_async_16((char*)q_shared + (i + row) * kHeadDim + (piece ^ row % 8) * 16,
+                (const char*)q_row + ((i + row) % HEADS) * kHeadDim + piece * 16);
   }
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -76,11 +77,12 @@ __device__ __forceinline__ void fit_line(Moments sums, int n, float weight, floa
   estimate = fabsf(weight) * (sqrtf(fmaxf((float)rest, 0.f)) / (float)n);
 }
 
-// The slopes and estimates of HEADS heads from an m64 accumulator of their dot products with the samples, of which the row has n.
+// The slopes of HEADS heads, and their estimates as keys (`head_key`), from an m64 accumulator of their dot products with the
+// samples, of which the row has n.
 // A NaN or the product of a sample that the row does not have counts as nothing.
 template <int HEADS>
 __device__ __forceinline__ void fit_lines(const float* acc, const float* scales, int n, const float* weights, float* slopes,
-                                          float* estimates) {
+                                          unsigned* ranked) {
   const int lane = threadIdx.x % 32;
   Moments sums[2] = {};
 #pragma unroll
@@ -112,7 +114,9 @@ __device__ __forceinline__ void fit_lines(const float* acc, const float* scales,
     const bool first = lane % 4 == 0;
     const Moments mine = {first ? sums[0].above : sums[1].above, first ? sums[0].above_squares : sums[1].above_squares,
                           first ? sums[0].below : sums[1].below, first ? sums[0].below_squares : sums[1].below_squares};
-    fit_line(mine, n, weights[head], slopes[head], estimates[head]);
+    float estimate;
+    fit_line(mine, n, weights[head], slopes[head], estimate);
+    ranked[head] = head_key(estimate);
   }
 }
 
@@ -136,7 +140,8 @@ __device__ __forceinline__ float shared_scale_of(float largest) {
 template <int HEADS>
 __device__ __forceinline__ void share_lines(const void* q_shared, const float* weights, const float* slopes, const unsigned* routed,
                                             float* factors, float* sums, float* largest, void* shared_q, float* shared_scale) {
-  constexpr int kPart = HEADS / 4;
+  static_assert(kRouterThreads == kHeadDim, "a thread a dimension, four dimensions a lane");
+  constexpr int kPart = HEADS / (kRouterThreads / 32);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x < HEADS) {
     const bool alone = routed[threadIdx.x / 32] >> threadIdx.x % 32 & 1;
@@ -147,7 +152,7 @@ __device__ __forceinline__ void share_lines(const void* q_shared, const float* w
   float u[4] = {};
 #pragma unroll 4
   for (int j = warp * kPart; j < (warp + 1) * kPart; ++j) {
-    const int at = j * 128 + ((lane / 4) ^ j % 8) * 16 + lane % 4 * 4;
+    const int at = j * kHeadDim + ((lane / 4) ^ j % 8) * 16 + lane % 4 * 4;
     const unsigned four = *reinterpret_cast<const unsigned*>((const char*)q_shared + at);
     const float2 low = from_e4m3x2((unsigned short)(four & 0xffffu)), high = from_e4m3x2((unsigned short)(four >> 16));
     const float factor = factors[j];
@@ -156,10 +161,10 @@ __device__ __forceinline__ void share_lines(const void* q_shared, const float* w
     u[2] = fmaf(factor, high.x, u[2]);
     u[3] = fmaf(factor, high.y, u[3]);
   }
-  *reinterpret_cast<float4*>(sums + warp * 128 + lane * 4) = make_float4(u[0], u[1], u[2], u[3]);
+  *reinterpret_cast<float4*>(sums + warp * kHeadDim + lane * 4) = make_float4(u[0], u[1], u[2], u[3]);
   __syncthreads();
   const int d = threadIdx.x;
-  const float mine = ((sums[d] + sums[128 + d]) + sums[256 + d]) + sums[384 + d];
+  const float mine = ((sums[d] + sums[kHeadDim + d]) + sums[2 * kHeadDim + d]) + sums[3 * kHeadDim + d];
   const unsigned most = __reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(mine)));  // bits order as magnitudes do
   if (lane == 0) largest[warp] = __uint_as_float(most);
   __syncthreads();

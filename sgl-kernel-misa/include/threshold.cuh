@@ -1,7 +1,7 @@
 // Order statistics of a row's sampled scores.
 #pragma once
 
-#include "block.cuh"
+#include "cta.cuh"
 
 namespace misa {
 
@@ -94,7 +94,7 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
 // threshold beside it: what lies between the two is then the plateau and nothing else, and needs no second look (`classify`).
 // With a plateau at either edge the k-th score is sooner to be expected in the one that holds its rank of the samples.
 //
-// bins: 2 * kThresholdBins, scratch: 64 ints; both 16-byte aligned.
+// bins: 2 * kThresholdBins, scratch: kScratch ints; both 16-byte aligned.
 template <int THREADS>
 __device__ __forceinline__ void thresholds(const float* scores, int length, int k, int shift, int deviations, int many,
                                            int* bins, int* scratch, float* out) {
@@ -146,18 +146,18 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
     low_tied = result[5] > many;
   }
   if (threadIdx.x == 0) {
-    const float upper = no_high ? __int_as_float(0x7f800000) : from_ordered(high << left | ((1u << left) - 1));
-    const float lower = no_low ? __int_as_float(0xff800000) : from_ordered(low << left);
+    // Numbers, whatever the samples and the bits not looked at are: between thresholds that are not, planes mean nothing.
+    const unsigned upper_key = no_high ? kInfinity : high << left | ((1u << left) - 1), lower_key = no_low ? 0 : low << left;
+    const float upper = from_ordered(min(max(upper_key, kLeastNumber), kInfinity));
+    const float lower = from_ordered(min(max(lower_key, kLeastNumber), kInfinity));
     float middle = upper;
     if (!no_high && !no_low) {
       middle = middle_threshold(samples, length, k, high_rank, low_rank, upper, lower);
-      // Samples that reach the high one: high_rank - high_need are above it.
-      const bool likely = high_rank - high_need + result[2] >= expected_rank(samples, length, k);
-      if (low_tied) middle = lower;
-      if (high_tied && high != low && (likely || !low_tied)) middle = from_ordered(key_below(high));
-    } else if (low_tied && !no_low) {
-      middle = lower;
-    } else if (high_tied && !no_high) {
+    }
+    // Samples that reach the high one: high_rank - high_need are above it.
+    const bool likely = high_rank - high_need + result[2] >= expected_rank(samples, length, k);
+    if (low_tied && !no_low) middle = lower;
+    if (high_tied && !no_high && high > kLeastNumber && high != low && (likely || !low_tied)) {
       middle = from_ordered(key_below(high));
     }
     out[0] = upper;

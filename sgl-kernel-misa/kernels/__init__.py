@@ -2,12 +2,30 @@
 
 Every kernel is a file of this folder with a factory `get_<name>_kernel(...)` that returns a prim_func. `KERNELS` says
 which of them, with which arguments, go into the library, and under which names they are launched.
+
+Words: a CTA is a block of threads; "block" is kept for pooled keys, "page" for the cache. Programmatic dependent launch (PDL) lets a
+kernel start while the one ahead of it in the stream still runs: `T.pdl_trigger` lets the next one start, `T.pdl_sync` waits until
+all work of the one ahead is done and seen. A kernel without `T.pdl_sync` is launched in the stream's order. Every other one waits,
+at the latest before it ends, so that whoever waits for it may rely on all that came before.
 """
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Dict, Mapping
 
+# `kernels.constants` is the package's module of that name: the build must not import the package, which loads what is built.
+__path__.append(str(Path(__file__).resolve().parents[1] / "python" / "sgl_kernel_misa"))
+
+from kernels.constants import (
+    DECODE_ROUTE_RANKS,
+    DECODE_SELECT_RANKS,
+    NUM_HEADS,
+    RERANK_CAPACITIES,
+    RERANK_RANKS,
+    SCORING_HEADS,
+    SELECT_CAPACITIES,
+)
 from kernels.decode_route import get_decode_route_kernel
 from kernels.decode_score import get_decode_score_kernel
 from kernels.decode_select import get_decode_select_kernel
@@ -29,7 +47,7 @@ class Kernel:
     Attributes:
         build: returns the prim_func. Its own name does not matter: the table's is what is exported.
         pass_configs: TileLang pass configs that differ from `build_kernels.PASS_CONFIGS`.
-        prefers_shared: an SM gives it all shared memory that it can. A block does not start on an SM that divides its memory
+        prefers_shared: an SM gives it all shared memory that it can. A CTA does not start on an SM that divides its memory
             in another way until that SM is idle, so kernels that are to overlap divide it in the same way.
     """
 
@@ -47,44 +65,41 @@ def _kernels() -> Dict[str, Kernel]:
             lambda: get_update_pooled_keys_kernel("int64")
         ),
         "pool_blocks": Kernel(get_pool_blocks_kernel),
-        "route_32": Kernel(lambda: get_route_kernel(32)),
-        "route_64": Kernel(lambda: get_route_kernel(64)),
-        # Shares its SMs with `decode_score` in decode.
-        "route_sampled_32": Kernel(
-            lambda: get_route_sampled_kernel(32), prefers_shared=True
-        ),
-        "route_sampled_64": Kernel(
-            lambda: get_route_sampled_kernel(64), prefers_shared=True
-        ),
         "sample": Kernel(get_sample_kernel),
         "threshold": Kernel(get_threshold_kernel),
     }
-    for ranks in (2, 4, 8):
+    for num_heads in NUM_HEADS:
+        kernels[f"route_{num_heads}"] = Kernel(partial(get_route_kernel, num_heads))
+        # Shares its SMs with `decode_score` in decode.
+        kernels[f"route_sampled_{num_heads}"] = Kernel(
+            partial(get_route_sampled_kernel, num_heads), prefers_shared=True
+        )
+    for ranks in DECODE_SELECT_RANKS:
         kernels[f"decode_select_{ranks}"] = Kernel(
             partial(get_decode_select_kernel, ranks), prefers_shared=True
         )
-    for ranks in (1, 2, 4, 8):
-        for num_heads in (32, 64):
+    for ranks in DECODE_ROUTE_RANKS:
+        for num_heads in NUM_HEADS:
             kernels[f"decode_route_{num_heads}_{ranks}"] = Kernel(
                 partial(get_decode_route_kernel, num_heads, ranks), prefers_shared=True
             )
-    for heads in (8, 16, 32, 64):
+    for heads in SCORING_HEADS:
         for mode in ("planes", "samples"):
             kernels[f"score_{mode}_{heads}"] = Kernel(
                 partial(get_score_kernel, heads, mode)
             )
-        for capacity in (3072, 6144):
+        for capacity in SELECT_CAPACITIES:
             kernels[f"select_{heads}_{capacity}"] = Kernel(
                 partial(get_select_kernel, heads, capacity)
             )
         kernels[f"decode_score_{heads}"] = Kernel(
             partial(get_decode_score_kernel, heads), prefers_shared=True
         )
-    for heads in (32, 64):
-        for capacity in (8192, 16384):
-            for blocks in (1, 8):
-                kernels[f"rerank_{heads}_{capacity}_{blocks}"] = Kernel(
-                    partial(get_rerank_kernel, heads, capacity, blocks)
+    for num_heads in NUM_HEADS:
+        for capacity in RERANK_CAPACITIES:
+            for ranks in RERANK_RANKS:
+                kernels[f"rerank_{num_heads}_{capacity}_{ranks}"] = Kernel(
+                    partial(get_rerank_kernel, num_heads, capacity, ranks)
                 )
     return kernels
 

@@ -7,12 +7,14 @@ fit of every head (`sampled_router.cuh`). What it costs does not grow with the c
 
 import tilelang.language as T
 
+from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, ROUTER_TILE_ROWS
 from kernels.dimensions import dimensions
-from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
+from kernels.headers import include
+from kernels.paged_cache import PAGE_WORDS
 
-THREADS = 128
-SAMPLES = 256
-TILE_ROWS = 8  # rows that share what was copied of the keys: few, so that many CTAs hide each other's waiting
+THREADS = 128  # one warpgroup
+SAMPLES = 256  # the most keys that stand for a prefix
+COLUMNS = 64  # heads of the wgmma
 
 
 def get_route_sampled_kernel(num_heads: int):
@@ -26,33 +28,42 @@ def get_route_sampled_kernel(num_heads: int):
 
     @T.prim_func
     def route_sampled(
-        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
-        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
+        keys: T.StridedTensor(
+            (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
+        ),
+        scales: T.StridedTensor((pages, PAGE_SIZE), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((bounds,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         heads: T.Tensor((rows, routed), T.int32),
-        shared_q: T.Tensor((rows, 128), T.float8_e4m3fn),
+        shared_q: T.Tensor((rows, HEAD_DIM), T.float8_e4m3fn),
         shared_scale: T.Tensor((rows,), T.float32),
         dealt: T.Tensor((1,), T.int32),
         rows_per_seq: T.int32,
         tiles: T.int32,
     ):
         with T.Kernel(tiles, threads=THREADS) as tile:
-            T.import_source('#include "sampled_router.cuh"\n')
+            T.import_source(
+                include(
+                    "sampled_router.cuh",
+                    kRouterThreads=THREADS,
+                    kSamples=SAMPLES,
+                    kColumns=COLUMNS,
+                )
+            )
             T.annotate_min_blocks_per_sm(3)
-            q_shared = T.alloc_shared((2, 64, 128), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((SAMPLES, 128), T.float8_e4m3fn)
+            q_shared = T.alloc_shared((2, COLUMNS, HEAD_DIM), T.float8_e4m3fn)
+            k_shared = T.alloc_shared((SAMPLES, HEAD_DIM), T.float8_e4m3fn)
             s_shared = T.alloc_shared((SAMPLES,), T.float32)
-            estimates = T.alloc_shared((64,), T.float32)
-            slopes = T.alloc_shared((64,), T.float32)
-            factors = T.alloc_shared((64,), T.float32)
-            sums = T.alloc_shared((4 * 128,), T.float32)
-            largest = T.alloc_shared((4,), T.float32)
+            ranked = T.alloc_shared((COLUMNS,), T.uint32)  # the estimates, as keys
+            slopes = T.alloc_shared((COLUMNS,), T.float32)
+            factors = T.alloc_shared((COLUMNS,), T.float32)
+            sums = T.alloc_shared((THREADS // 32 * HEAD_DIM,), T.float32)
+            largest = T.alloc_shared((THREADS // 32,), T.float32)
             votes = T.alloc_shared((2,), T.uint32)
-            acc = T.alloc_fragment((64, SAMPLES), T.float32)
+            acc = T.alloc_fragment((COLUMNS, SAMPLES), T.float32)
             seq = T.alloc_var(T.int32)
             row0 = T.alloc_var(T.int32)
             row1 = T.alloc_var(T.int32)
@@ -77,7 +88,7 @@ def get_route_sampled_kernel(num_heads: int):
                     cu_rows.data,
                     batch,
                     tile,
-                    TILE_ROWS,
+                    ROUTER_TILE_ROWS,
                 )
                 row0 = T.call_extern(
                     "int32",
@@ -85,12 +96,12 @@ def get_route_sampled_kernel(num_heads: int):
                     cu_rows.data,
                     seq,
                     tile,
-                    TILE_ROWS,
+                    ROUTER_TILE_ROWS,
                 )
                 row1 = rows
                 if seq < batch:
                     row1 = cu_rows[seq + 1]
-                row1 = T.min(row1, row0 + TILE_ROWS)
+                row1 = T.min(row1, row0 + ROUTER_TILE_ROWS)
             copied = -1
             if row0 < row1:
                 T.call_extern(
@@ -152,13 +163,13 @@ def get_route_sampled_kernel(num_heads: int):
                         T.shift_right(length, shift),
                         T.address_of(weights[row, 0]),
                         T.address_of(slopes[0]),
-                        T.address_of(estimates[0]),
+                        T.address_of(ranked[0]),
                     )
                     T.sync_threads()
                     T.call_extern(
                         "handle",
                         "misa::pick_heads",
-                        T.address_of(estimates[0]),
+                        T.address_of(ranked[0]),
                         num_heads,
                         routed,
                         T.address_of(votes[0]),

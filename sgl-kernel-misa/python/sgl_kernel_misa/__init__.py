@@ -9,10 +9,10 @@ from sgl_kernel_misa.ops import (
     topk_prefill,
     update_pooled_keys,
 )
-
-__version__ = "0.1.0"
+from sgl_kernel_misa.version import __version__
 
 __all__ = [
+    "__version__",
     "check_device",
     "rerank",
     "route",

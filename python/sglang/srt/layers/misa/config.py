@@ -1,12 +1,9 @@
-"""What the `--misa-*` server arguments mean to the layer."""
-
-from __future__ import annotations
+"""The parameters of the method, which `server_args` makes of the `--misa-*` arguments."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
 
-if TYPE_CHECKING:
-    from sglang.srt.layers.misa.server_args import MisaServerArgs
+# Tokens of the longest sequence that the kernels and the layer take: a position has 22 bits in a kernel's sort key.
+MAX_CONTEXT = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -24,15 +21,3 @@ class MisaConfig:
     block_size: int = 1024
     rerank_candidates: int = 0
     min_context: int = 0
-
-    @classmethod
-    def from_server_args(cls, server_args: MisaServerArgs) -> Optional[MisaConfig]:
-        """The configuration of a server, or None where MISA is off."""
-        if not server_args.enable_misa:
-            return None
-        return cls(
-            active_heads=server_args.misa_active_heads,
-            block_size=server_args.misa_block_size,
-            rerank_candidates=server_args.misa_rerank_candidates,
-            min_context=server_args.misa_min_context,
-        )

@@ -1,11 +1,18 @@
 """`python -m sglang.srt.layers.misa.doctor`: does MISA fit the SGLang that is installed here?"""
 
 import sys
+import traceback
 from importlib import metadata
 
 import torch
 
 from sglang.srt.plugins import load_plugins
+from sglang.version import __version__
+
+NO_GPU = (
+    "Without a GPU, SGLang's DSA needs the CPU engine of the test suite and its environment: set "
+    "SGLANG_USE_CPU_ENGINE=1 and TORCHDYNAMO_DISABLE=1."
+)
 
 
 def kernels_version() -> str:
@@ -16,14 +23,21 @@ def kernels_version() -> str:
 
 
 def main() -> int:
-    load_plugins()
-    from sglang.srt.layers.misa.operations import kernels_problem
-    from sglang.srt.layers.misa.patches import PATCHES, problems
-    from sglang.version import __version__
-
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else "no GPU"
-    print(f"sglang {__version__}, torch {torch.__version__}, {device}\n")
+    print(f"sglang {__version__}, torch {torch.__version__}, {device}\n", flush=True)
+    load_plugins()
+    try:
+        from sglang.srt.layers.misa.operations import kernels_problem
+        from sglang.srt.layers.misa.patches import PATCHES, problems
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"FAILED the plugin does not load: {error!r} in {place.filename}:{place.lineno}"
+        )
+        if not gpu:
+            print(NO_GPU)
+        return 1
     for patch in PATCHES:
         state = "ok" if patch.engaged() else "FAILED"
         print(f"{state:7}{patch.kind.value:8} {patch.target}\n{'':16}{patch.reason}")

@@ -22,6 +22,7 @@ from sglang.srt.layers.misa.evaluation import EvaluationIndexer, eval_selection
 from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
 from sglang.srt.layers.misa.pooled_keys import BYTES_PER_TOKEN, PooledKeys
 from sglang.srt.layers.misa.selection import to_output
+from sglang.srt.layers.misa.server_args import misa_config
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.runtime_context import get_server_args
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def _config() -> Optional[MisaConfig]:
-    return MisaConfig.from_server_args(get_server_args())
+    return misa_config(get_server_args())
 
 
 # Selection

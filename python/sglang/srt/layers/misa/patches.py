@@ -14,15 +14,13 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import torch
 
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
-from sglang.srt.layers.misa import hooks
-from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa import hooks, process, server_args
 from sglang.srt.layers.misa.evaluation import (
     EVAL_SELECTION_ENV,
     SELECTIONS,
     eval_selection,
 )
 from sglang.srt.layers.misa.metrics import export
-from sglang.srt.layers.misa.server_args import MisaServerArgs
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.version import __version__ as sglang_version
 
@@ -86,7 +84,7 @@ def check_engaged() -> None:
     """
     if found := problems():
         raise RuntimeError(
-            f"--enable-misa: {found[0]} `python -m sglang.srt.layers.misa.doctor` lists all checks."
+            f"--enable-misa in {process.description()}: {found[0]} `python -m sglang.srt.layers.misa.doctor` lists all checks."
         )
 
 
@@ -118,7 +116,7 @@ def report(info: Dict[str, Any], scheduler: Any) -> Optional[Dict[str, Any]]:
     Raises:
         RuntimeError: a hook does not run in this scheduler.
     """
-    config = MisaConfig.from_server_args(scheduler.server_args)
+    config = server_args.misa_config(scheduler.server_args)
     if config is None:
         return None
     check_engaged()
@@ -145,16 +143,22 @@ def report(info: Dict[str, Any], scheduler: Any) -> Optional[Dict[str, Any]]:
 
 PATCHES = (
     Patch(
-        "sglang.srt.server_args.ServerArgs",
-        HookType.REPLACE,
-        MisaServerArgs,
-        "adds the --misa-* arguments",
+        "sglang.srt.server_args.ServerArgs.__init__",
+        HookType.AROUND,
+        server_args.initialize,
+        "takes the arguments of --enable-misa",
     ),
     Patch(
-        "sglang.srt.entrypoints.engine.Engine.server_args_class",
-        HookType.REPLACE,
-        MisaServerArgs,
-        "a class attribute keeps the class that it was given",
+        "sglang.srt.server_args.ServerArgs.add_cli_args",
+        HookType.AFTER,
+        server_args.add_cli_args,
+        "adds --enable-misa and --misa-* to the command line",
+    ),
+    Patch(
+        "sglang.srt.server_args.ServerArgs.from_cli_args",
+        HookType.AROUND,
+        server_args.from_cli_args,
+        "takes them from the command line: SGLang takes the fields of its own class",
     ),
     Patch(
         "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer._get_topk_ragged",

@@ -1,7 +1,6 @@
 """The entry point through which SGLang loads MISA into the launcher, the engine and every scheduler."""
 
-# Whether this process was handed arguments with --enable-misa.
-required = False
+from sglang.srt.layers.misa import process
 
 
 def register() -> None:
@@ -12,13 +11,15 @@ def register() -> None:
             any other exception and serve without them.
     """
     try:
-        # Imported here, so that an import that fails is seen by `required` too.
+        # Imported here, so that an import that fails is seen here too.
         from sglang.srt.layers.misa.patches import PATCHES
         from sglang.srt.plugins.hook_registry import HookRegistry
 
         for patch in PATCHES:
             HookRegistry.register(patch.target, patch.hook, patch.kind)
     except Exception as error:
-        if required:
-            raise SystemExit(f"--enable-misa: the plugin failed to load: {error!r}")
+        if process.requires_misa:
+            raise SystemExit(
+                f"--enable-misa: the plugin failed to load in {process.description()}: {error!r}"
+            )
         raise

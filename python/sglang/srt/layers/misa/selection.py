@@ -12,7 +12,7 @@ from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
 
 
 def topk_mask(scores: torch.Tensor, allowed: torch.Tensor, k: int) -> torch.Tensor:
-    """The k best of the allowed entries of every row, or all of them where there are fewer.
+    """The k best of the allowed entries of every row, or all of them where there are fewer; NaN is worse than any number.
 
     Args:
         scores: float32 [T, S].
@@ -24,12 +24,15 @@ def topk_mask(scores: torch.Tensor, allowed: torch.Tensor, k: int) -> torch.Tens
     """
     if scores.shape[1] <= k:
         return allowed
-    scores = scores.masked_fill(~allowed, float("-inf"))
+    nan = allowed & scores.isnan()
+    numbers = allowed & ~nan
+    scores = scores.masked_fill(~numbers, float("-inf"))
     threshold = scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above = allowed & (scores > threshold)
-    ties = allowed & (scores == threshold)
-    room = k - above.sum(1, keepdim=True)
-    return above | (ties & (ties.cumsum(1) <= room))
+    mask = numbers & (scores > threshold)
+    for ties in (numbers & (scores == threshold), nan):
+        room = k - mask.sum(1, keepdim=True)
+        mask |= ties & (ties.cumsum(1) <= room)
+    return mask
 
 
 def positions(mask: torch.Tensor, k: int) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable, NamedTuple
+import argparse
+import functools
+from dataclasses import dataclass, fields
+from typing import Callable, NamedTuple, Optional
 
-from sglang.srt.arg_groups.arg_utils import NS, A
+from sglang.srt.arg_groups.arg_utils import NS, A, add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
-from sglang.srt.layers.misa import plugin
+from sglang.srt.layers.misa import process
+from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
 from sglang.srt.layers.misa.evaluation import (
     EVAL_SELECTION_ENV,
     SELECTIONS,
@@ -26,12 +29,11 @@ from sglang.srt.utils import is_cpu, is_hip
 
 
 @dataclass
-class MisaServerArgs(ServerArgs):
-    """`ServerArgs` with the `--misa-*` arguments; validated where ServerArgs is.
+class MisaArguments:
+    """The `--misa-*` arguments, which `with_misa` adds to a class of server arguments; validated where that is.
 
     Raises:
         ValueError: `enable_misa` is set and a value or a combination is not supported.
-        ValueError: SGLANG_MISA_EVAL_SELECTION is set and `enable_misa` is not.
         RuntimeError: `enable_misa` is set and a hook on SGLang did not engage.
     """
 
@@ -47,12 +49,12 @@ class MisaServerArgs(ServerArgs):
     ] = 8
     misa_block_size: A[
         int,
-        "Tokens in a block of pooled keys that the router looks at. A multiple of 64.",
+        "Tokens in a block of pooled keys that the router looks at. A multiple of 64 up to 4194304.",
         NS("exec.kernel"),
     ] = 1024
     misa_rerank_candidates: A[
         int,
-        "Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk, and on a GPU a multiple of 64 up to 16384.",
+        "Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most 4194304, and on a GPU a multiple of 64 up to 16384.",
         NS("exec.kernel"),
     ] = 0
     misa_min_context: A[
@@ -65,21 +67,88 @@ class MisaServerArgs(ServerArgs):
         super().__post_init__()
         if self.enable_misa:
             check_misa_server_args(self)
-        elif eval_selection() is not None:
-            raise ValueError(
-                f"{EVAL_SELECTION_ENV} is set without --enable-misa; add --enable-misa or unset it."
-            )
 
-    def __setstate__(self, state):
-        # Arguments reach a scheduler before it loads its plugins; from here on it must not do without this one.
-        self.__dict__.update(state)
-        plugin.required = self.enable_misa
+    def __reduce__(self):
+        return _restored, (self._base, self.__dict__)
+
+
+@functools.cache
+def with_misa(base: type) -> type:
+    """The class of server arguments `base`, SGLang's or another plugin's, with `MisaArguments`."""
+    if issubclass(base, MisaArguments):
+        return base
+    members = {"__module__": __name__, "_base": base}
+    return dataclass(type("MisaServerArgs", (MisaArguments, base), members))
+
+
+def _restored(base: type, state: dict) -> MisaArguments:
+    """Arguments from a pickle or a copy: a class that `with_misa` made has no name to be found by."""
+    # They reach a scheduler before it loads its plugins; from here on it must not do without this one.
+    process.requires_misa = state["enable_misa"]
+    args = object.__new__(with_misa(base))
+    args.__dict__.update(state)
+    return args
+
+
+# The hooks on ServerArgs. The class itself stays, and so do its instances without MISA: whoever has made some before
+# plugins load can use them, and another plugin can replace the class.
+
+
+def add_cli_args(_, parser: argparse.ArgumentParser) -> None:
+    """After `ServerArgs.add_cli_args`."""
+    add_cli_args_from_dataclass(parser, MisaArguments)
+
+
+def from_cli_args(original, *args):
+    """Around the classmethod `ServerArgs.from_cli_args`.
+
+    SGLang hands it over without its class where that is another plugin's and inherits the method.
+    """
+    *cls, namespace = args
+    if not getattr(namespace, "enable_misa", False):
+        return original(*args)
+    (cls,) = cls or (original.__self__,)
+    return getattr(original, "__func__", original)(with_misa(cls), namespace)
+
+
+def initialize(original, self, *args, **values) -> None:
+    """Around `ServerArgs.__init__`: with `enable_misa`, `self` gets the class that has it.
+
+    Raises:
+        ValueError: SGLANG_MISA_EVAL_SELECTION is set and `enable_misa` is not.
+    """
+    misa = {
+        field.name: values.pop(field.name)
+        for field in fields(MisaArguments)
+        if field.name in values
+    }
+    if misa.get("enable_misa"):
+        self.__class__ = with_misa(type(self))
+        self.__init__(*args, **values, **misa)
+        return
+    original(self, *args, **values)
+    if eval_selection() is not None:
+        raise ValueError(
+            f"{EVAL_SELECTION_ENV} is set without --enable-misa; add --enable-misa or unset it."
+        )
+
+
+def misa_config(server_args: ServerArgs) -> Optional[MisaConfig]:
+    """The configuration of a server, or None where MISA is off."""
+    if not isinstance(server_args, MisaArguments) or not server_args.enable_misa:
+        return None
+    return MisaConfig(
+        active_heads=server_args.misa_active_heads,
+        block_size=server_args.misa_block_size,
+        rerank_candidates=server_args.misa_rerank_candidates,
+        min_context=server_args.misa_min_context,
+    )
 
 
 class Refusal(NamedTuple):
     """A condition on the resolved server args under which MISA does not start, and what it says then."""
 
-    applies: Callable[[MisaServerArgs], bool]
+    applies: Callable[[MisaArguments], bool]
     message: str
 
 
@@ -91,6 +160,10 @@ REFUSALS = (
     Refusal(
         lambda args: args.device == "cpu" and not is_cpu(),
         "--enable-misa on --device cpu needs the CPU engine of the test suite; set SGLANG_USE_CPU_ENGINE=1.",
+    ),
+    Refusal(
+        lambda args: args.use_ray,
+        "--enable-misa does not support Ray: SGLang loads no plugins in its actors; drop --use-ray.",
     ),
     Refusal(
         lambda args: args.attn_cp_size > 1 or args.enable_dsa_prefill_context_parallel,
@@ -160,12 +233,12 @@ REFUSALS = (
 )
 
 
-def _has_cuda_graphs(args: MisaServerArgs) -> bool:
+def _has_cuda_graphs(args: MisaArguments) -> bool:
     graphs = args.cuda_graph_config
     return any(x.backend != Backend.DISABLED for x in (graphs.decode, graphs.prefill))
 
 
-def check_misa_server_args(args: MisaServerArgs) -> None:
+def check_misa_server_args(args: MisaArguments) -> None:
     """Refuse what MISA can't serve, in one sentence that names the flag and the remedy.
 
     Raises:
@@ -185,12 +258,25 @@ def check_misa_server_args(args: MisaServerArgs) -> None:
     for refusal in REFUSALS:
         if refusal.applies(args):
             raise ValueError(refusal.message)
-    _check_values(args, hf_config.index_n_heads, hf_config.index_topk)
+    num_heads, topk = (
+        _positive(args, hf_config, name) for name in ("index_n_heads", "index_topk")
+    )
+    _check_values(args, num_heads, topk)
     if args.device == "cuda":
-        _check_kernels(args, hf_config.index_n_heads, hf_config.index_topk)
+        _check_kernels(args, num_heads, topk)
 
 
-def _check_values(args: MisaServerArgs, num_heads: int, topk: int) -> None:
+def _positive(args: MisaArguments, hf_config, name: str) -> int:
+    value = getattr(hf_config, name, None)
+    if type(value) is not int or value < 1:
+        raise ValueError(
+            f"--enable-misa needs a model whose config has a positive number as {name}, which {args.model_path} "
+            f"({name}={value!r}) has not; drop --enable-misa."
+        )
+    return value
+
+
+def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
     if topk < PAGE_SIZE:
         raise ValueError(
             f"--enable-misa needs a model that selects at least {PAGE_SIZE} tokens, not index_topk={topk}; "
@@ -205,10 +291,20 @@ def _check_values(args: MisaServerArgs, num_heads: int, topk: int) -> None:
         raise ValueError(
             f"--misa-block-size {args.misa_block_size} is not a positive multiple of {PAGE_SIZE}; the default is 1024."
         )
+    if args.misa_block_size > MAX_CONTEXT:
+        raise ValueError(
+            f"--misa-block-size {args.misa_block_size} is longer than any sequence; use at most {MAX_CONTEXT}, which "
+            "makes one block of every prefix."
+        )
     if args.misa_rerank_candidates and args.misa_rerank_candidates < topk:
         raise ValueError(
             f"--misa-rerank-candidates {args.misa_rerank_candidates} is less than the {topk} tokens that "
             f"{args.model_path} selects; use 0 for a single stage or at least {topk}."
+        )
+    if args.misa_rerank_candidates > MAX_CONTEXT:
+        raise ValueError(
+            f"--misa-rerank-candidates {args.misa_rerank_candidates} is more than any sequence has; use at most "
+            f"{MAX_CONTEXT}, or 0 for a single stage."
         )
     if args.misa_min_context < 0:
         raise ValueError(
@@ -216,7 +312,7 @@ def _check_values(args: MisaServerArgs, num_heads: int, topk: int) -> None:
         )
 
 
-def _check_kernels(args: MisaServerArgs, num_heads: int, topk: int) -> None:
+def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
     if problem := kernels_problem():
         raise ValueError(f"--enable-misa: {problem}.")
     if num_heads not in KERNEL_HEADS:

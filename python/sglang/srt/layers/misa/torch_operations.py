@@ -16,7 +16,7 @@ Tensors used throughout:
 
 Selections are int32 [T, topk], ascending, -1 padded, in the form `output`: "positions" in the sequence, "slots" of the
 cache, or "ragged", positions plus the row's entry of `offsets` (int32 [T]). Equal scores are broken in favour of the
-lower position. All raise ValueError for a tensor of another dtype, shape or layout.
+lower position, and NaN ranks below every number. All raise ValueError for a tensor of another dtype, shape or layout.
 """
 
 from __future__ import annotations

@@ -1,0 +1,164 @@
+// Radix selection by one CTA.
+//
+// Why this is CUDA: it also compiles for a CPU, where the tests' emulator runs it, and TileLang finds no bin of a histogram.
+#pragma once
+
+#include "layout.cuh"
+
+namespace misa {
+
+constexpr int kBins = 2048;    // of a histogram
+constexpr int kScratch = 64;   // ints of shared memory that a kernel sets aside for the functions here
+
+// A float's bits in an order in which unsigned integers compare as the floats do; both zeros alike. What is not a number is
+// 0, below all numbers, -infinity included: it passes no comparison of floats either, so selections by floats and by keys agree.
+__device__ __forceinline__ unsigned ordered(float value) {
+  const unsigned bits = __float_as_uint(value + 0.f);
+  const unsigned key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return value == value ? key : 0u;
+}
+
+constexpr unsigned kLeastNumber = 0x007fffffu, kInfinity = 0xff800000u;  // -infinity and infinity as ordered keys
+
+// The key of the next lower score. That of -0 is no score's.
+__device__ __forceinline__ unsigned key_below(unsigned key) { return key - (key == 0x80000000u ? 2 : 1); }
+
+__device__ __forceinline__ float from_ordered(unsigned key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+__device__ __forceinline__ int warp_inclusive_scan(int value) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, value, offset);
+    if ((threadIdx.x & 31) >= offset) value += other;
+  }
+  return value;
+}
+
+// Sum over the threads before this one, and the sum over all. scratch holds 32 ints; every thread must call this.
+template <int THREADS>
+__device__ __forceinline__ int cta_exclusive_scan(int value, int* scratch, int& total) {
+  const int warp = threadIdx.x / 32;
+  const int inclusive = warp_inclusive_scan(value);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 31) scratch[warp] = inclusive;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int i = 0; i < THREADS / 32; ++i) {
+    if (i < warp) before += scratch[i];
+    total += scratch[i];
+  }
+  return before + inclusive - value;
+}
+
+template <int THREADS>
+__device__ __forceinline__ void clear_bins(int* bins, int count = kBins) {
+  for (int i = threadIdx.x; i < count; i += THREADS) bins[i] = 0;
+}
+
+// The bin that holds the `need`-th largest entry of a histogram, 16-byte aligned (need >= 1; the lowest entry if there are
+// fewer).
+// result[0] = bin, result[1] = entries in bins above it, result[2] = entries in it. Ends with a barrier.
+template <int THREADS>
+__device__ __forceinline__ void find_bin(const int* bins, int need, int* scratch, int* result) {
+  constexpr int kPer = kBins / THREADS;
+  static_assert(kPer % 4 == 0, "a thread reads its bins four at a time");
+  const int first = kBins - kPer * (threadIdx.x + 1);  // threads take the bins in descending order
+  int count[kPer], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; i += 4) *reinterpret_cast<int4*>(count + i) = *reinterpret_cast<const int4*>(bins + first + i);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) sum += count[i];
+  int total;
+  int above = cta_exclusive_scan<THREADS>(sum, scratch, total);
+  need = min(need, total);
+#pragma unroll
+  for (int i = kPer - 1; i >= 0; --i) {
+    if (above < need && above + count[i] >= need) {  // of all bins, one
+      result[0] = first + i;
+      result[1] = above;
+      result[2] = count[i];
+    }
+    above += count[i];
+  }
+  __syncthreads();
+}
+
+// Entries are ordered by score, then by lower position: keys of up to 54 bits. They are looked at 11 bits at a time, from
+// the top, so five digits settle any selection.
+constexpr int kDigits = 5;
+constexpr int kPositionBits = 22;
+constexpr int kMaxContext = 1 << kPositionBits;
+constexpr unsigned kLastPosition = kMaxContext - 1;
+
+__device__ __forceinline__ unsigned long long entry_key(unsigned score, int position) {
+  return (unsigned long long)score << kPositionBits | (kLastPosition - (unsigned)position);
+}
+
+// Selects the `need` largest keys. Entry e is among them if key(e) >> shift >= prefix.
+struct RadixState {
+  unsigned long long prefix;  // of the need-th largest key, its bits found so far
+  int shift;                  // bits not yet looked at
+  int need;                   // entries still to be found among those that share the prefix
+  int done;
+  unsigned base;  // subtracted from every score
+};
+
+constexpr int kStateInts = 8;
+static_assert(sizeof(RadixState) <= kStateInts * sizeof(int), "a state fits");
+
+// `state` is kStateInts ints of shared memory, 8-byte aligned.
+__device__ __forceinline__ RadixState* radix_state(int* state) { return reinterpret_cast<RadixState*>(state); }
+
+// Scores, as ordered keys, are known to lie in base .. top.
+__device__ __forceinline__ void radix_begin(int* state, int need, unsigned base = 0, unsigned top = 0xffffffffu) {
+  const int bits = top == base ? 0 : 32 - __clz(top - base);
+  if (threadIdx.x == 0) *radix_state(state) = {0ull, kPositionBits + bits, need, need <= 0, base};
+}
+
+__device__ __forceinline__ int next_shift(int shift) { return max(shift - 11, 0); }
+
+__device__ __forceinline__ bool radix_selected(const RadixState* state, unsigned score, int position) {
+  return state->need > 0 && entry_key(score - state->base, position) >> state->shift >= state->prefix;
+}
+
+__device__ __forceinline__ void radix_count(const RadixState* state, unsigned score, int position, int* bins) {
+  const unsigned long long key = entry_key(score - state->base, position);
+  const int shift = next_shift(state->shift);
+  if (key >> state->shift == state->prefix) atomicAdd(&bins[key >> shift & ((1u << (state->shift - shift)) - 1)], 1);
+}
+
+// After all entries were counted. Ends with a barrier.
+template <int THREADS>
+__device__ __forceinline__ void radix_advance(int* state_, const int* bins, int* scratch) {
+  RadixState* state = radix_state(state_);
+  __syncthreads();
+  find_bin<THREADS>(bins, state->need, scratch, scratch + 32);
+  if (threadIdx.x == 0) {
+    const int shift = next_shift(state->shift);
+    state->prefix = state->prefix << (state->shift - shift) | (unsigned)scratch[32];
+    state->shift = shift;
+    state->need -= scratch[33];
+    state->done = state->need == scratch[34];  // all that share the prefix are selected
+  }
+  __syncthreads();
+}
+
+// What a selected position is written as: itself, its slot of the cache, or its place among ragged keys.
+enum Form { kPositions, kSlots, kRagged };
+
+__device__ __forceinline__ int output_index(int position, int form, const int* pages, int offset) {
+  if (form == kSlots) return pages[position / kPage] * kPage + position % kPage;
+  return form == kRagged ? position + offset : position;
+}
+
+// Rows that see at most topk tokens select all of them.
+template <int THREADS>
+__device__ __forceinline__ void select_all(int length, int topk, int form, const int* pages, int offset, int* out) {
+  for (int i = threadIdx.x; i < topk; i += THREADS) out[i] = i < length ? output_index(i, form, pages, offset) : -1;
+}
+
+}  // namespace misa

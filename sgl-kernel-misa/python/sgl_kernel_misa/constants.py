@@ -1,0 +1,52 @@
+"""What the kernels and the code that launches them both rely on: sizes, limits and codes, each of which has its home here.
+
+Imports nothing, so that the kernels' build can read it without the package. The CUDA headers have constants of their own for
+what they rely on; every kernel asserts at compile time that they are these (`kernels/headers.py`).
+"""
+
+# The paged index-K cache: a page holds the keys of 64 tokens, one byte a dimension, then their float32 scales.
+PAGE_SIZE = 64  # tokens
+HEAD_DIM = 128  # dimensions of a key or a query, and bytes of either in FP8
+PAGE_KEY_BYTES = PAGE_SIZE * HEAD_DIM  # before the scales
+PAGE_BYTES = PAGE_SIZE * (HEAD_DIM + 4)
+
+NUM_HEADS = (32, 64)  # of an indexer
+SCORING_HEADS = (
+    8,
+    16,
+    32,
+    64,
+)  # with which a row is scored: what is compiled, for up to so many
+MAX_CONTEXT = 1 << 22  # tokens: positions are 22 bits of a sort key
+MAX_TOPK = 16384  # tokens, and candidates of a re-rank
+MAX_ROWS = 4  # of a sequence that decode takes together
+
+ROUTER_TILE_ROWS = 8  # that a CTA of `route_sampled` takes: few, so that many CTAs hide each other's waiting
+
+# What a selection is written as. The numbers are the kernels' argument `form`.
+FORMS = {"positions": 0, "slots": 1, "ragged": 2}
+
+# Prefill.
+SPAN = 1024  # tokens in 32 words of a bit plane
+SELECT_CAPACITIES = (
+    3072,
+    6144,
+)  # candidates of a row that a CTA keeps in shared memory; multiples of SPAN
+
+# CTAs that share a row or a sequence: the sizes of clusters that are compiled.
+DECODE_ROUTE_RANKS = (1, 2, 4, 8)
+DECODE_SELECT_RANKS = (2, 4, 8)
+RERANK_RANKS = (1, 8)
+
+DECODE_CANDIDATES = 6144  # tokens that a CTA of `decode_select` lists
+RERANK_CAPACITIES = (8192, MAX_TOPK)  # candidates that a row may have
+
+
+def rows_per_warpgroup(heads: int) -> int:
+    """Rows that a warpgroup of `score` takes with `heads` heads each: as many as make 128 columns, and at least 4."""
+    return max(4, 128 // heads)
+
+
+def rows_per_tile(heads: int) -> int:
+    """Rows that a CTA of `score` takes: two warpgroups' share."""
+    return 2 * rows_per_warpgroup(heads)

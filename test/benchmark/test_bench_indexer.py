@@ -1,0 +1,387 @@
+"""The benchmark of the indexer: what it checks, counts, writes and says; a GPU runs the rest."""
+
+import json
+from argparse import Namespace
+from types import SimpleNamespace
+
+import bench_indexer
+import pytest
+import torch
+from indexer import report, run, work
+from indexer.cases import CASES, Case
+from indexer.check import (
+    Sample,
+    all_right,
+    check_ours,
+    check_production,
+    in_order,
+    outcome,
+    well_formed,
+)
+from indexer.data import KEYS, contiguous_keys, make_layers, make_step
+from indexer.text import Text
+from indexer.timing import Spread
+
+from sglang.srt.layers.misa import reference
+
+TOPK, HEADS, BLOCK = 64, 32, 128
+PREFILL = Case("prefill", "prefill", (700, 300), 6, HEADS)
+DECODE = Case("decode", "decode", (700, 300, 40), 1, HEADS)
+
+
+class Fake:
+    """A variant of ours by the reference, which writes what its case asks for; `fault` spoils what it writes."""
+
+    def __init__(self, case, candidates=0, active_heads=4, keys="gaussian"):
+        (self.layer,) = make_layers(case, keys, 1, seed=0, text=None)
+        self.step = make_step(case, [self.layer])
+        self.active_heads, self.candidates, self.block_size = (
+            active_heads,
+            candidates,
+            BLOCK,
+        )
+        self.fault = lambda positions: positions
+        self.calls = 0
+
+    def each(self, function):
+        """int32 of all rows, of `function` of every sequence and its rows."""
+        parts = [function(*pair) for pair in self.layer.rows()]
+        return torch.cat(parts).int()
+
+    def route(self, _):
+        if self.active_heads is None:
+            return None
+
+        def heads(sequence, rows):
+            q, weights, k, k_scale, lengths = sequence
+            means = reference.page_means(k, k_scale)
+            return reference.route(q, weights, means, lengths, self.active_heads, BLOCK)
+
+        return self.each(heads)
+
+    def scored(self, heads, topk, candidates=None):
+        def best(sequence, rows):
+            q, weights, k, k_scale, lengths = sequence
+            if heads is not None:
+                q, weights = reference.of_heads(q, weights, heads[rows].long())
+            allowed = reference.visible(lengths, len(k))
+            if candidates is not None:
+                allowed &= reference.members(candidates[rows].long(), len(k))
+            scores = reference.token_scores(q, weights, k, k_scale)
+            return reference.top_positions(scores, allowed, topk)
+
+        return self.each(best)
+
+    def score_select(self, _, heads):
+        return self.scored(heads, self.candidates or TOPK)
+
+    def total(self, i):
+        self.calls += 1
+        heads = self.route(i)
+        positions = self.score_select(i, heads)
+        if self.candidates:
+            positions = self.scored(None, TOPK, positions)
+        positions = self.fault(positions)
+        there = positions >= 0
+        if self.step.case.mode == "prefill":
+            written = positions + self.step.offsets[:, None]
+        else:
+            sequence = self.layer.row_sequence()
+            pages = self.step.page_table[sequence]
+            pages = pages.gather(1, positions.clamp(min=0).long() // 64)
+            written = pages * 64 + positions % 64
+        return written.where(there, -1).int()
+
+    def positions(self, output):
+        return self.step.positions(self.layer, output)
+
+    def check(self, checker=check_ours):
+        return checker(self, Sample(self.layer, 16))
+
+
+VARIANTS = [dict(), dict(candidates=128), dict(active_heads=None)]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", [PREFILL, DECODE], ids=lambda case: case.label)
+@pytest.mark.parametrize("keys", ["gaussian", "rare", "equal"])
+def test_the_reference_is_exact(case, options, keys):
+    checks = Fake(case, **options, keys=keys).check()
+    assert all_right(checks) and outcome("misa", checks) == "exact"
+    assert 0 <= checks["selection_error"] < 1e-3
+    json.dumps(checks)
+
+
+def last_for_first(positions):
+    """A token that was not selected in the place of one that was, in the first row."""
+    row = positions[0].tolist()
+    other = next(p for p in range(600) if p not in row)
+    positions[0] = torch.tensor(sorted(row[1:] + [other]))
+    return positions
+
+
+def unsorted(positions):
+    """In a row that is not among those judged by their scores."""
+    positions[1] = positions[1].flip(0)
+    return positions
+
+
+def short(positions):
+    """One position too few in the last row, which may have fewer than topk."""
+    last = int((positions[-1] >= 0).sum()) - 1
+    positions[-1, last] = -1
+    return positions
+
+
+def of_another_sequence(positions):
+    positions[-1, 0] = 699
+    return positions
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", [PREFILL, DECODE], ids=lambda case: case.label)
+@pytest.mark.parametrize(
+    "fault", [last_for_first, unsorted, short, of_another_sequence]
+)
+def test_faults_are_wrong(case, options, fault):
+    if case is DECODE and fault is short:
+        fault = lambda positions: positions.masked_fill(
+            positions == 3, -1
+        )  # noqa: E731
+    variant = Fake(case, **options)
+    variant.fault = fault
+    checks = variant.check()
+    assert not all_right(checks) and outcome("misa", checks) == "wrong"
+
+
+def test_wrong_heads_are_wrong():
+    variant = Fake(PREFILL)
+    right = variant.route(0)
+    other = next(h for h in range(HEADS) if h not in right[0])
+    wrong = right.clone()
+    wrong[0, 0] = other
+    wrong[0] = wrong[0].sort().values
+    variant.route = lambda _: wrong
+    checks = variant.check()
+    # The selection is judged by the heads that were chosen, so it is right.
+    assert checks["selection_problem"] is None
+    assert "a lower score" in checks["routing_problem"] and checks["routing_error"] > 0
+    assert outcome("misa", checks) == "wrong"
+
+
+def test_results_that_change_are_wrong():
+    variant = Fake(PREFILL)
+    variant.fault = lambda p: last_for_first(p) if variant.calls == 2 else p
+    checks = variant.check()
+    assert checks["selection_problem"] is None and checks["deterministic"] is False
+    assert outcome("misa", checks) == "wrong"
+
+
+class TestProduction:
+    def make(self, keys="gaussian"):
+        return Fake(PREFILL, active_heads=None, keys=keys)
+
+    def test_the_order_does_not_matter(self):
+        variant = self.make()
+        variant.fault = lambda positions: positions.flip(1)
+        assert outcome("dsa", variant.check(check_production)) == "exact"
+        assert outcome("misa", variant.check()) == "wrong"
+
+    def test_ties_are_broken_as_it_likes(self):
+        variant = self.make("equal")
+        variant.fault = lambda positions: positions + 100
+        assert outcome("dsa", variant.check(check_production)) == "exact"
+        assert outcome("misa", variant.check()) == "wrong"
+
+    def test_dropped_candidates_have_a_name_of_their_own(self):
+        variant = self.make()
+        variant.fault = last_for_first
+        checks = variant.check(check_production)
+        assert checks["selection_error"] > 0.001
+        assert outcome("dsa", checks) == "production inexact"
+
+    def test_in_order(self):
+        positions = torch.tensor([[5, -1, 2, -1], [1, 0, 3, -2]])
+        assert in_order(positions).tolist() == [[2, 5, -1, -1], [-2, 0, 1, 3]]
+
+
+def test_well_formed():
+    lengths = torch.tensor([10, 2], dtype=torch.int32)
+    right = torch.tensor([[1, 4, 9], [0, 1, -1]])
+    assert well_formed(right, lengths)
+    for row, wrong in ((0, [1, 4, 10]), (0, [4, 1, 9]), (1, [0, -1, 1]), (1, [0, 1, 2]), (1, [0, -1, -1]), (0, [1, 1, 9])):  # fmt: skip
+        other = right.clone()
+        other[row] = torch.tensor(wrong)
+        assert not well_formed(other, lengths)
+
+
+def test_layers_share_a_page_table_and_nothing_else():
+    one, two = make_layers(DECODE, "gaussian", 2, seed=0, text=None)
+    assert torch.equal(one.page_table, two.page_table)
+    assert not torch.equal(one.index_k, two.index_k)
+    assert not torch.equal(one.q.float(), two.q.float())
+    k, k_scale = contiguous_keys(one)
+    assert len(k) == len(k_scale) == sum(DECODE.contexts)
+    step = make_step(PREFILL, make_layers(PREFILL, "few", 1, seed=0, text=None))
+    assert step.offsets.tolist() == [0] * 6 + [700] * 6
+    assert step.lengths[[0, 5, 6, 11]].tolist() == [695, 700, 295, 300]
+
+
+def fake_text(windows=3, layers=2, tokens=100, rows=8, heads=64):
+    """Each key holds its window, its layer and its position, as far as FP8 can tell them apart."""
+    k = torch.zeros(windows, layers, tokens, 128)
+    k[..., 0] = torch.arange(windows)[:, None, None] + 1
+    k[..., 1] = torch.arange(layers)[:, None] + 1
+    q = torch.zeros(windows, layers, rows, heads, 128)
+    q[..., 0] = torch.arange(windows)[:, None, None, None] + 1
+    return Text(
+        {
+            "q": q.to(torch.float8_e4m3fn),
+            "weights": torch.arange(heads).float().expand(windows, layers, rows, -1),
+            "k": k.to(torch.float8_e4m3fn),
+            "k_scale": torch.arange(tokens).float().expand(windows, layers, -1),
+        }
+    )
+
+
+def test_text_is_laid_out_in_windows():
+    text = fake_text()
+    inputs = text.inputs(4, 32, 250, layer=3, sequence=1, device="cpu")
+    windows = inputs.k[:, 0].float()
+    # Layer 3 is layer 1 of the second round, so sequence 1 begins with window 2; the first 50 tokens are cut off.
+    assert windows.tolist() == [3] * 50 + [1] * 100 + [2] * 100
+    assert (inputs.k[:, 1].float() == 2).all() and (inputs.q[..., 0].float() == 2).all()
+    assert inputs.k_scale[:50].tolist() == list(range(50, 100))
+    assert inputs.weights[0].tolist() == list(range(0, 64, 2))
+    assert inputs.lengths.tolist() == [247, 248, 249, 250]
+    short = text.inputs(4, 64, 30, layer=0, sequence=0, device="cpu")
+    assert short.k_scale.tolist() == list(range(70, 100))
+    with pytest.raises(ValueError, match="text of 300 tokens"):
+        text.inputs(4, 64, 301, layer=0, sequence=0, device="cpu")
+    with pytest.raises(ValueError, match="8 rows, not 9"):
+        text.inputs(9, 64, 100, layer=0, sequence=0, device="cpu")
+
+
+def test_text_makes_layers():
+    case = Case("prefill", "prefill", (150,), 4, 64)
+    (layer,) = make_layers(case, "text", 1, seed=0, text=fake_text())
+    assert len(layer.sequences[0].k) == 150 and len(layer.q) == 4
+
+
+def test_work():
+    case = Case("x", "prefill", (1000, 100), 2, 64)
+    assert work.lengths(case) == [999, 1000, 99, 100]
+    assert work.operations(case, None, 1024, 0) == 256 * 64 * (999 + 1000 + 99 + 100)
+    # 15 complete pages are two blocks of 8, one page is one.
+    routed = 8 * 2198 + 64 * (2 + 2 + 1 + 1)
+    assert work.operations(case, 8, 512, 0) == 256 * routed
+    again = 64 * (300 + 300 + 99 + 100)
+    assert work.operations(case, 8, 512, 300) == 256 * (routed + again)
+    moved = 1100 * 132 + 4 * 64 * 132 + 4 * 2048 * 4
+    assert work.bytes_moved(case, None, 2048) == moved
+    assert work.bytes_moved(case, 8, 2048) == moved + 17 * 256
+    rates = work.rates(10**12, 10**9, 2.0, 1000.0)
+    assert rates == {"tflops": 500.0, "gbps": 500.0, "copy_share": 0.5}
+
+
+def make_args(*arguments):
+    return bench_indexer.parse_arguments(list(arguments))
+
+
+DEVICE = {"device": "X 1", "copy_gbps": 2000.0, "versions": {}, "date": "2026-01-01"}
+
+
+def make_record(keys="gaussian", variant="misa", ms=1.0, base=2.0, checks=None):
+    """A record as a run writes it."""
+    case, args = CASES[0], make_args()
+    checks = {"well_formed": True} if checks is None else checks
+    spreads = {"dsa": base, variant: ms}
+    done = SimpleNamespace(
+        case=case,
+        errors={},
+        variants={variant: None} | {"dsa": SimpleNamespace(path="called")},
+        checks={"dsa": {"selection_problem": "dropped"}, variant: checks},
+        workspace={"dsa": 10, variant: 5},
+        layers=[0] * 4,
+        times_of=lambda name, extras=False: (
+            {} if extras else {"total": Spread(spreads[name], 0.9, 1.1)}
+        ),
+    )
+    description = run.describe(case, keys, variant, args, DEVICE)
+    return run.record(done, description, args)
+
+
+def test_a_record():
+    record = make_record()
+    assert record["keys"] == "gaussian" and record["router"] == "pooled"
+    assert record["outcome"] == "exact" and record["exact"] is True
+    assert record["speedup"] == 2 and record["baseline_exact"] is False
+    assert record["gbps"] == pytest.approx(work.bytes_moved(CASES[0], 8, 2048) / 1e6)
+    assert record["copy_share"] == record["gbps"] / 2000
+    line = report.line(record)
+    assert f"{record['tflops']:.0f}" in line and f"{record['copy_share']:.0%}" in line
+    names = {name.strip() for name in report.HEADER.split("  ") if name.strip()}
+    assert "variant" in names and "TFLOPS" in report.HEADER
+
+
+def test_outcomes():
+    wrong = make_record(checks={"selection_problem": "bad"})
+    assert wrong["outcome"] == "wrong" and wrong["exact"] is False
+    assert "wrong: selection_problem bad" in report.why_not_exact(wrong)
+    dropped = make_record(variant="dsa", checks={"selection_problem": "dropped"})
+    assert dropped["outcome"] == "production inexact"
+    failed = run.failure(run.describe(CASES[0], "few", "misa", make_args(), DEVICE), "no")  # fmt: skip
+    assert failed["outcome"] == "failed" and "ERROR no" in report.line(failed)
+    assert report.failures([wrong, dropped, failed, make_record()]) == [wrong, failed]
+
+
+def test_records_replace_those_of_the_same_keys(tmp_path):
+    path = tmp_path / "out.json"
+    report.write([make_record(), make_record("rare")], path)
+    report.write([make_record("rare", ms=3.0)], path)
+    read = json.loads(path.read_text())
+    assert [(r["keys"], r["ms"]["total"]) for r in read] == [("gaussian", 1), ("rare", 3)]  # fmt: skip
+
+
+def test_the_worst_keys():
+    records = [
+        make_record("gaussian", ms=1.0),
+        make_record("rare", ms=5.0),
+        make_record("few", ms=1.2),
+        make_record("gaussian", variant="dsa-misa-select", ms=1.0),
+    ]
+    failed = run.describe(CASES[0], "equal", "misa", make_args(), DEVICE)
+    records.append(run.failure(failed, "no"))
+    ((key, (usual, slow)),) = report.worst(records, "gaussian").items()
+    assert key == (CASES[0].name, "misa", "pooled")
+    assert (usual["keys"], slow["keys"]) == ("gaussian", "rare")
+    text = report.worst_keys(records, "gaussian")
+    assert "rare" in text and "5.00 times" in text and "0.40 instead of 2.00" in text
+    assert [r["keys"] for r in report.lowest_speedups(records)] == ["rare"]
+    assert report.worst_keys(records[:1], "gaussian") == ""
+
+
+def test_arguments():
+    assert make_args().keys == ["gaussian"]
+    assert make_args("--keys", "*").keys == list(KEYS)
+    assert make_args("--keys", "r*", "text").keys == ["text", "rare", "rising", "runs"]
+    with pytest.raises(SystemExit):
+        make_args("--keys", "few", "nothing")
+    with pytest.raises(SystemExit):
+        make_args("--cases", "nothing")
+
+
+def test_all_cases_are_run_on_all_keys_and_written_one_by_one(monkeypatch, tmp_path):
+    calls, written = [], []
+
+    def run_case(case, keys, args, device, text):
+        calls.append((case.name, keys, text))
+        return [case.name + keys]
+
+    monkeypatch.setattr(bench_indexer, "run_case", run_case)
+    monkeypatch.setattr(report, "write", lambda records, path: written.append(records))
+    args = Namespace(cases_chosen=CASES[:2], keys=["few", "text"])
+    records = bench_indexer.run_all(args, DEVICE, "a text", tmp_path)
+    expected = [(case.name, k, "a text") for case in CASES[:2] for k in ("few", "text")]
+    assert calls == expected
+    assert records == [part for results in written for part in results]

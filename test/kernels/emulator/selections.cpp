@@ -1,0 +1,244 @@
+// Selections of random rows by the kernels' device functions on a CPU, compared with a stable sort: selections SEED ROWS
+#include <cmath>
+#include <numeric>
+#include <random>
+
+#include "emulator.h"
+
+#include "decode_select.cuh"
+#include "rerank.cuh"
+#include "route.cuh"
+#include "select.cuh"
+#include "threshold.cuh"
+
+namespace {
+
+std::mt19937 rng;
+
+template <typename T>
+T any_of(std::initializer_list<T> values) { return values.begin()[rng() % values.size()]; }
+
+enum Kind {
+  NORMAL, ZEROS, TIES, RELU, MOSTLY_ZERO, NEGATIVE, EQUAL, FORCED, RISING, FALLING, SPIKE, TAILS, RARE, STEPS,
+  SOME_NAN, MOSTLY_NAN, ALL_NAN, INFINITIES, ALL_INFINITE, ANY_BITS, KINDS
+};
+
+// Any NaN: of either sign, with any payload.
+float any_nan() { return bits_of<float>((unsigned)rng() % 2 << 31 | 0x7f800000u | 1 + (unsigned)rng() % 0x7fffff); }
+
+float score_of(int kind, int i, int length) {
+  const float x = std::normal_distribution<float>()(rng);
+  switch (kind) {
+    case ZEROS: return i % 2 ? -0.f : 0.f;
+    case TIES: return std::round(x * any_of({1, 8}));
+    case RELU: return std::max(x - 1.2f, 0.f);
+    case MOSTLY_ZERO: return rng() % 10 < 7 ? 0.f : x;
+    case NEGATIVE: return -std::fabs(x);
+    case EQUAL: return 1.5f;
+    case FORCED: return i < 100 || i >= length - 50 ? INFINITY : x;
+    case RISING: return (float)i;
+    case FALLING: return (float)-i;
+    case SPIKE: return i == length / 2 ? 1e30f : x * 1e-20f;
+    case TAILS: return x * x * x * 1e3f;
+    case RARE: return std::max(x - 1.4f, 0.f);                           // 92% are 0
+    case STEPS: return i % 1000 < 100 ? 2.f : i % 1000 < 500 ? -0.5f : x * 1e-3f;  // two plateaus, and scores between
+    case SOME_NAN: return rng() % 100 == 0 ? any_nan() : x;
+    case MOSTLY_NAN: return rng() % 100 == 0 ? x : any_nan();
+    case ALL_NAN: return any_nan();
+    case INFINITIES: return rng() % 8 < 5 ? any_of({INFINITY, -INFINITY, any_nan()}) : x;
+    case ALL_INFINITE: return any_of({INFINITY, -INFINITY});
+    case ANY_BITS: return bits_of<float>((unsigned)rng());
+    default: return x;
+  }
+}
+
+// The positions of the k best of `scores`, ascending; of equal scores the lower position is better. What is not a number is
+// below all numbers, or above them, and equal among itself.
+std::vector<int> best(const std::vector<float>& scores, int length, int k, bool nan_above = false) {
+  std::vector<int> order(length);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    const bool a_nan = std::isnan(scores[a]), b_nan = std::isnan(scores[b]);
+    if (a_nan || b_nan) return a_nan != b_nan && a_nan == nan_above;
+    return scores[a] > scores[b];
+  });
+  order.resize(k);
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+int next_kind;  // the rows take turns
+
+struct Row {
+  int kind, length, form = rng() % 3, offset = form == 2 ? 777 : 0;
+  std::vector<float> scores;
+  std::vector<int> pages;
+
+  explicit Row(int length, int fixed_kind = -1)
+      : kind(fixed_kind < 0 ? next_kind++ % KINDS : fixed_kind), length(length), scores((length + 3) / 4 * 4 + 4, 1e38f), pages(length / 64 + 1) {
+    for (int i = 0; i < length; ++i) scores[i] = score_of(kind, i, length);
+    for (int& page : pages) page = rng() % 100000;
+  }
+
+  int output(int position) const { return misa::output_index(position, form, pages.data(), offset); }
+};
+
+// A place for k entries, and what must not be written behind it.
+constexpr int kNotWritten = -7, kBehind = 64;
+std::vector<int> output_of(int k) { return std::vector<int>(k + kBehind, kNotWritten); }
+
+bool same(const char* what, const Row& row, int k, std::vector<int> expected, const std::vector<int>& out) {
+  for (int& position : expected) position = row.output(position);
+  expected.resize(k + kBehind, kNotWritten);
+  if (expected == out) return true;
+  const int at = std::mismatch(expected.begin(), expected.end(), out.begin()).first - expected.begin();
+  std::printf("%s: kind %d, length %d, k %d, form %d: entry %d is %d, not %d\n", what, row.kind, row.length, k, row.form, at,
+              out[at], expected[at]);
+  return false;
+}
+
+struct Shared {
+  alignas(16) uint2 list[misa::kCandidates];
+  alignas(16) int bins[2 * misa::kBins];
+  alignas(16) int scratch[64];
+};
+
+template <int RANKS>
+bool decode_select() {
+  const Row row(any_of({2049, 2303, 4097, 8191, 8192, 8193, 16385, 20003, 65537, 131071, 131072, 140001}));
+  int k = any_of({64, 2048, 2048, 8192});
+  if (k >= row.length) k = 64;
+  std::vector<Shared> shared(RANKS);
+  std::memset((void*)shared.data(), 0xa5, RANKS * sizeof(Shared));
+  misa::shared = (char*)shared.data();
+  misa::shared_size = sizeof(Shared);
+  std::vector<int> out = output_of(k);
+  emulator::run(RANKS, misa::kThreads, [&](int rank) {
+    Shared& mine = shared[rank];
+    misa::select_row<RANKS>(row.scores.data(), row.length, k, rank, row.form, row.pages.data(), row.offset, mine.list, mine.bins,
+                            mine.scratch, out.data());
+  });
+  return same("decode_select", row, k, best(row.scores, row.length, k), out);
+}
+
+bool rerank() {
+  constexpr int kThreads = 256;
+  const Row row(any_of({1, 33, 257, 2047, 2049, 5000, 8192}));
+  const int k = std::min(row.length, any_of({64, 2048}));
+  std::vector<int> list(row.length), out = output_of(k);
+  std::iota(list.begin(), list.end(), 0);
+  std::vector<unsigned> keys(row.length);
+  for (int i = 0; i < row.length; ++i) keys[i] = misa::ordered(row.scores[i]);
+  alignas(16) int bins[misa::kBins], scratch[64];
+  emulator::run(1, kThreads, [&](int) {
+    misa::select_listed<kThreads>(list.data(), keys.data(), row.length, k, bins, scratch, row.form, row.pages.data(), row.offset,
+                                  out.data());
+  });
+  return same("rerank", row, k, best(row.scores, row.length, k), out);
+}
+
+// What `score` leaves of a score, as `mark_page` does: plane 0, plane 1.
+std::pair<bool, bool> marks(float score, const float* threshold) {
+  const bool high = score > threshold[0], middle = score > threshold[1], low = score >= threshold[2];
+  return {middle, high ^ middle ^ low};
+}
+
+// `threshold`, then `select` with the scores looked up instead of computed. misled: 1 and 2 are thresholds that bracket nothing.
+template <int KIND>
+bool prefill_select() {
+  constexpr int kThreads = 256, kCapacity = 512;
+  const Row row(any_of({2049, 2303, 4097, 8192, 20003, 65537}), KIND);
+  const int length = row.length, k = any_of({64, 2048}), shift = any_of({3, 4}), misled = rng() % 6, deviations = any_of({3, 5});
+  std::vector<float> samples;
+  for (int i = 0; misa::sample_position(i, shift) < length; ++i) samples.push_back(row.scores[misa::sample_position(i, shift)]);
+  alignas(16) int bins[misa::kBins], scratch[64];
+  float threshold[3];
+  emulator::run(1, kThreads, [&](int) {
+    misa::thresholds<kThreads>(samples.data(), length, k, shift, deviations, 768 >> shift, bins, scratch, threshold);
+  });
+  if (misled == 1) threshold[0] = threshold[1] = threshold[2] = -1e30f;
+  if (misled == 2) threshold[0] = threshold[1] = threshold[2] = 1e31f;
+
+  const int words = (length + misa::kSpan - 1) / misa::kSpan * 32;
+  std::vector<unsigned> planes[2] = {std::vector<unsigned>(words), std::vector<unsigned>(words)};
+  for (int word = 0; word < words; ++word) {
+    for (int bit = 0; bit < 32; ++bit) {
+      const int position = misa::plane_position(word, bit);
+      if (position >= length) continue;
+      const auto [first, second] = marks(row.scores[position], threshold);
+      planes[0][word] |= (unsigned)first << bit;
+      planes[1][word] |= (unsigned)second << bit;
+    }
+  }
+  std::vector<int> out = output_of(k), positions(kCapacity);
+  std::vector<unsigned> entries(kCapacity);
+  int info[4], count = 0;
+  alignas(8) int state[8];
+  emulator::run(1, kThreads, [&](int) {
+    misa::classify<kThreads>(planes[0].data(), planes[1].data(), words, length, k, threshold, scratch, info);
+    const int plane = info[3] == 2;
+    unsigned *const above = planes[plane].data(), *const within = planes[1 - plane].data();
+    const int chunk = info[0] > kCapacity ? kCapacity / 32 : words;
+    misa::radix_begin_between(state, info[1], info[3], threshold);
+    __syncthreads();
+    for (int digit = 0; digit <= misa::kDigits && info[2] == 0 && info[1] > 0; ++digit) {
+      if (digit < misa::kDigits && misa::radix_state(state)->done) continue;
+      if (digit < misa::kDigits) misa::clear_bins<kThreads>(bins);
+      for (int first = 0; first < words; first += chunk) {
+        __syncthreads();
+        if (threadIdx.x == 0) count = 0;
+        __syncthreads();
+        misa::collect<kThreads>(above, within, first, min(first + chunk, words), row.pages.data(), positions.data(), entries.data(),
+                                &count);
+        __syncthreads();
+        for (int i = threadIdx.x; i < count; i += kThreads) {
+          misa::radix_visit(state, digit, misa::ordered(row.scores[positions[i]]), positions[i], bins, above);
+        }
+      }
+      if (digit < misa::kDigits) misa::radix_advance<kThreads>(state, bins, scratch);
+    }
+    __syncthreads();
+    misa::emit<kThreads>(above, within, words, plane == 1, info[2] == 0 ? 0 : info[1], row.form, row.pages.data(), row.offset,
+                         scratch, out.data());
+  });
+  // Nothing but time is lost without a bracket, but well-behaved scores have a narrow one, and so have plateaus.
+  const bool bracketed = row.kind == NORMAL || row.kind == RARE || row.kind == ZEROS || row.kind == EQUAL ||
+                         row.kind == MOSTLY_ZERO || row.kind == RELU;
+  if (bracketed && misled > 2 && info[2] == 0 && (info[3] == 0 || info[0] > 3072)) {
+    std::printf("thresholds: kind %d, length %d, k %d: %d candidates, case %d\n", row.kind, length, k, info[0], info[3]);
+    return false;
+  }
+  return same("prefill_select", row, k, best(row.scores, length, k), out);
+}
+
+// The heads of a row by their estimates, as the routers of prefill and decode pick them.
+bool pick_heads() {
+  const int heads = any_of({32, 64}), threads = any_of({128, 256});
+  const int k = 1 + rng() % heads;
+  Row row(heads);
+  row.form = row.offset = 0;
+  std::vector<int> out = output_of(k);
+  unsigned votes[2];
+  std::vector<unsigned> keys(heads);
+  for (int i = 0; i < heads; ++i) keys[i] = misa::head_key(row.scores[i]);
+  emulator::run(1, threads, [&](int) { misa::pick_heads(keys.data(), heads, k, votes, out.data()); });
+  return same("pick_heads", row, k, best(row.scores, heads, k, true), out);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  rng.seed(std::atoi(argv[1]));
+  const int rows = std::atoi(argv[2]);
+  bool (*const selections[])() = {decode_select<1>, decode_select<2>, decode_select<4>, decode_select<8>,
+                                  rerank, prefill_select<-1>, prefill_select<RARE>, prefill_select<STEPS>, pick_heads};
+  int passed = 0, done = 0;
+  for (int i = 0; i < rows; ++i) {
+    for (const auto select : selections) {
+      passed += select();
+      ++done;
+    }
+  }
+  std::printf("%d of %d selections are right\n", passed, done);
+  return passed != done;
+}

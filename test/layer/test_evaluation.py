@@ -1,0 +1,180 @@
+"""What MISA is measured against, in a batch and in a server, is what `reference` says."""
+
+import pytest
+import torch
+
+from sglang.srt.layers.misa import evaluation, reference
+from sglang.srt.layers.misa.batch import Batch
+from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.evaluation import (
+    EVAL_SELECTION_ENV,
+    SELECTIONS,
+    EvaluationIndexer,
+    heaviest_heads,
+    random_heads,
+)
+from sglang.srt.layers.misa.selection import to_output
+from sglang.srt.layers.misa.testing.batches import write_cache
+from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
+from sglang_misa.server import misa_args, serve, tokens
+
+TOPK, HEADS = 128, 3
+
+
+@pytest.fixture(autouse=True)
+def first_rows(monkeypatch):
+    """No layer has selected yet."""
+    monkeypatch.setattr(evaluation, "_heaviest", {})
+
+
+def by_heads(inputs, heads, **forced):
+    """`reference.dsa` with these heads of each query alone."""
+    scored = reference.of_heads(inputs.q, inputs.weights, heads)
+    return reference.dsa(*scored, *inputs[2:], TOPK, **forced)
+
+
+def expected(name, inputs, fixed=None, **forced):
+    """The definition; `fixed` are the heaviest heads where other rows have fixed them."""
+    if name == "hisa":
+        return reference.hisa(*inputs, TOPK, **forced)
+    if name == "random-heads":
+        heads = random_heads(inputs.lengths, inputs.q.shape[1], HEADS)
+    else:
+        fixed = heaviest_heads(inputs.weights, HEADS) if fixed is None else fixed
+        heads = fixed.expand(len(inputs.q), -1)
+    return by_heads(inputs, heads, **forced)
+
+
+def batch_of(sequences):
+    """Sequences as (q, weights, index_k, batch); each has pages of its own in one cache."""
+    caches = [write_cache(inputs, seed=i) for i, inputs in enumerate(sequences)]
+    index_k = torch.cat([cache for cache, _ in caches])
+    page_table = torch.zeros(len(caches), max(len(p) for _, p in caches)).int()
+    first = 0
+    for i, (cache, pages) in enumerate(caches):
+        page_table[i, : len(pages)] = pages + first
+        first += len(cache)
+    rows = [len(inputs.q) for inputs in sequences]
+    q = torch.cat([x.q.float() for x in sequences]).to(torch.float8_e4m3fn)
+    batch = Batch(
+        page_table=page_table,
+        cu_rows=torch.tensor([0, *rows]).cumsum(0).int(),
+        lengths=torch.cat([x.lengths for x in sequences]).int(),
+        rows=rows,
+    )
+    return q, torch.cat([x.weights for x in sequences]), index_k, batch
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_selects_as_defined(name, kind, monkeypatch):
+    # Some rows at a time, so that rows of a sequence are not all in one chunk.
+    monkeypatch.setattr(evaluation, "CHUNK_SCORES", 4 * 9000)
+    # More tokens than are in HISA's 64 blocks, and fewer.
+    sequences = [
+        make_inputs(kind, rows, 8, length, seed=length)
+        for rows, length in ((9, 8900), (1, 64), (5, 300))
+    ]
+    q, weights, index_k, batch = batch_of(sequences)
+    indexer = EvaluationIndexer(name, HEADS, TOPK, {}, 0)
+    selection = indexer.select(q, weights, index_k, None, batch)
+    fixed = heaviest_heads(weights[batch.lengths > TOPK], HEADS)
+    wanted = torch.cat([expected(name, x, fixed) for x in sequences])
+    assert torch.equal(selection.indices.long(), wanted)
+    assert selection.indices.dtype == torch.int32
+    assert (selection.heads is None) == (name == "hisa")
+    slots = indexer.select(q, weights, index_k, None, batch, "slots").indices
+    wanted = to_output(selection.indices, "slots", batch.page_table, batch.cu_rows)
+    assert torch.equal(slots, wanted)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_forced_tokens(name):
+    inputs = make_inputs("random", 4, 8, 700)
+    q, weights, index_k, batch = batch_of([inputs])
+    forced = {"init_tokens": 2, "local_tokens": 3}
+    indexer = EvaluationIndexer(name, HEADS, TOPK, forced, 0)
+    selection = indexer.select(q, weights, index_k, None, batch)
+    wanted = expected(name, inputs, **forced)
+    assert torch.equal(selection.indices.long(), wanted)
+    assert not torch.equal(wanted, expected(name, inputs))
+
+
+def test_heads_of_the_controls():
+    lengths = torch.arange(1, 9000)
+    heads = random_heads(lengths, 64, 8)
+    assert torch.equal(heads[100:200], random_heads(lengths[100:200], 64, 8))
+    assert (heads.diff(dim=1) > 0).all()
+    # All heads are chosen about as often.
+    counts = heads.flatten().bincount(minlength=64)
+    assert counts.min() > 0.8 * counts.max()
+    weights = torch.tensor([[1.0, -5.0, 2.0, 0.0], [1.0, 5.0, 0.0, 3.0]])
+    assert heaviest_heads(weights, 2).tolist() == [1, 3]
+
+
+def test_the_heaviest_heads_stay():
+    short = make_inputs("random", 6, 8, TOPK, seed=2)
+    first, later = (make_inputs("random", 6, 8, 700, seed=i) for i in range(2))
+    chosen = []
+    for layer, inputs in ((0, short), (0, first), (0, later), (1, later)):
+        q, weights, index_k, batch = batch_of([inputs])
+        indexer = EvaluationIndexer("heaviest-heads", HEADS, TOPK, {}, layer)
+        chosen.append(indexer.select(q, weights, index_k, None, batch).heads.long())
+    # A prompt of which all is selected says nothing of the heads to come.
+    assert torch.equal(chosen[0][0], heaviest_heads(short.weights, HEADS))
+    assert torch.equal(chosen[1][0], heaviest_heads(first.weights, HEADS))
+    assert not torch.equal(chosen[1], chosen[0])
+    assert torch.equal(chosen[2], chosen[1])
+    assert torch.equal(chosen[3][0], heaviest_heads(later.weights, HEADS))
+    assert not torch.equal(chosen[3], chosen[2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_on_a_gpu_up_to_ties(name):
+    inputs = make_inputs("random", 700, 64, 9000).to("cuda")
+    scored, lengths = inputs[:4], inputs.lengths
+    heads = EvaluationIndexer(name, 8, 2048, {}, 0)._heads(inputs.weights, lengths)
+    if heads is not None:
+        scored = *reference.of_heads(*inputs[:2], heads), *inputs[2:4]
+    ours, exact = evaluation.token_scores(*scored), reference.token_scores(*scored)
+    assert (ours - exact).abs().max() < 1e-4 * exact.abs().max()
+    q, weights, index_k, batch = batch_of([make_inputs("random", 700, 64, 9000)])
+    tensors = batch.page_table, batch.cu_rows, batch.lengths
+    batch = Batch(*(x.cuda() for x in tensors), batch.rows)
+    indexer = EvaluationIndexer(name, 8, 2048, {}, 0)
+    found = indexer.select(q.cuda(), weights.cuda(), index_k.cuda(), None, batch)
+    wanted = reference.hisa(*inputs, 2048) if heads is None else None
+    if wanted is None:
+        wanted = reference.dsa(*scored, lengths, 2048)
+    both = (reference.members(x, 9000) for x in (found.indices.long(), wanted))
+    assert torch.logical_xor(*both).float().sum(1).max() <= 4
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="its index_topk is the CPU engine's alone"
+)
+def test_hisa_in_a_server(tiny_model, tmp_path):
+    topk = 256
+    with serve(
+        tiny_model("deepseek_v32", 2, topk),
+        tmp_path,
+        *misa_args(MisaConfig(active_heads=4)),
+        *("--chunked-prefill-size", "512"),
+        env={EVAL_SELECTION_ENV: "hisa"},
+    ) as server:
+        assert len(server.generate(tokens(1100), 6)["output_ids"]) == 6
+        records, log = server.records(), server.log.read_text()
+        variant = server.variant()
+    assert "MISA is NOT what selects" in log and f"{EVAL_SELECTION_ENV}=hisa" in log
+    assert "MISA is on" not in log
+    assert tuple(variant.values()) == ("hisa", 0, 128, 0)
+    for record in records:
+        # Some rows: the batches above have them all.
+        q, weights, lengths = (record[x][::16] for x in ("q", "weights", "lengths"))
+        keys = record["k"], record["k_scale"]
+        wanted = reference.hisa(q, weights, *keys, lengths, topk)
+        assert torch.equal(record["positions"][::16].long(), wanted)
+    # Prefill in chunks, and decode.
+    sizes = {len(record["q"]) for record in records}
+    assert {512, 76, 1} <= sizes

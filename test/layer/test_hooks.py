@@ -1,0 +1,289 @@
+"""Batches as SGLang hands them over: several sequences, padding rows, idle batches, every form of output."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import check_record
+
+from sglang.srt.environ import envs
+from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
+from sglang.srt.layers.misa import hooks, reference
+from sglang.srt.layers.misa.capture import Recorder, load_records
+from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.layers.misa.pooled_keys import PooledKeys
+from sglang.srt.layers.misa.testing.batches import write_pages
+from sglang.srt.layers.misa.testing.inputs import make_inputs
+
+HEADS, TOPK, START_LAYER, LAYER = 32, 128, 3, 4
+CONFIG = MisaConfig(active_heads=3, block_size=128)
+
+
+class Batch:
+    """Sequences of `lengths` tokens in one cache, the last `rows` tokens of each being queries."""
+
+    def __init__(
+        self, lengths, rows, device, monkeypatch, forced=(0, 0), config=CONFIG
+    ):
+        self.sequences = [
+            make_inputs("random", r, HEADS, n, seed)
+            for seed, (n, r) in enumerate(zip(lengths, rows))
+        ]
+        pages = [-(-n // PAGE_SIZE) for n in lengths]
+        index_k = torch.zeros(1 + sum(pages), PAGE_SIZE * 132, dtype=torch.uint8)
+        self.page_table = torch.zeros(len(lengths), max(pages, default=0)).int()
+        order = iter((1 + torch.randperm(sum(pages))).tolist())
+        for i, inputs in enumerate(self.sequences):
+            mine = torch.tensor(
+                [next(order) for _ in range(pages[i])], dtype=torch.long
+            )
+            self.page_table[i, : pages[i]] = mine
+            write_pages(index_k, mine, inputs.k, inputs.k_scale)
+        index_k, self.page_table = index_k.to(device), self.page_table.to(device)
+        pooled_keys = PooledKeys([torch.zeros(1, 1), index_k])
+        slots = torch.arange(len(index_k) * PAGE_SIZE, device=device)
+        pooled_keys.update(LAYER - START_LAYER, index_k, slots)
+        pool = SimpleNamespace(
+            start_layer=START_LAYER,
+            misa_pooled_keys=pooled_keys,
+            get_index_k_with_scale_buffer=lambda layer_id: index_k,
+        )
+        monkeypatch.setattr(hooks, "get_token_to_kv_pool", lambda: pool)
+        monkeypatch.setattr(hooks, "_config", lambda: config)
+        self.config, self.monkeypatch = config, monkeypatch
+        self.rids = None
+        self.forced = dict(zip(("init_tokens", "local_tokens"), forced))
+        self.indexer = SimpleNamespace(
+            index_topk=TOPK, num_init_tokens=forced[0], num_local_tokens=forced[1]
+        )
+        self.device = device
+        self.rows = rows
+        self.seq_lens = torch.tensor(lengths, dtype=torch.int64)
+
+    def stacked(self, name, padding):
+        values = [getattr(inputs, name) for inputs in self.sequences]
+        rest = (HEADS, 128) if name == "q" else (HEADS,)
+        dtype = torch.float8_e4m3fn if name == "q" else torch.float32
+        values.append(torch.ones(padding, *rest).to(dtype))
+        # torch.cat has no kernel for float8.
+        return torch.cat([v.float() for v in values]).to(dtype).to(self.device)
+
+    def metadata(self, method, offsets=None, unfused=True):
+        lengths = [inputs.lengths for inputs in self.sequences]
+        lengths = torch.cat(lengths) if lengths else torch.zeros(0)
+        cu_rows = torch.tensor([0, *self.rows]).cumsum(0).int().to(self.device)
+        return SimpleNamespace(
+            get_page_table_64=lambda: self.page_table,
+            get_seqlens_expanded=lambda: lengths.int().to(self.device),
+            get_seqlens_int32=lambda: self.seq_lens.int().to(self.device),
+            get_indexer_seq_len_cpu=lambda: self.seq_lens,
+            get_dsa_extend_len_cpu=lambda: list(self.rows),
+            topk_transform_method=method,
+            force_unfused_topk=unfused,
+            attn_metadata=SimpleNamespace(
+                topk_indices_offset=offsets, cu_seqlens_q=cu_rows
+            ),
+        )
+
+    def select_ragged(self, padding=0, out=None, weight_padding=0, **metadata):
+        return hooks.select_ragged(
+            None,
+            self.indexer,
+            False,
+            SimpleNamespace(rids=self.rids),
+            LAYER,
+            self.stacked("q", padding),
+            self.stacked("weights", padding + weight_padding)[:, :, None],
+            self.metadata(**metadata),
+            out,
+        )
+
+    def select_paged(self, padding=0, **metadata):
+        return hooks.select_paged(
+            None,
+            self.indexer,
+            SimpleNamespace(rids=self.rids),
+            LAYER,
+            self.stacked("q", padding),
+            self.stacked("weights", padding)[:, :, None],
+            self.metadata(**metadata),
+        )
+
+    def expected(self):
+        """The reference's positions."""
+        options = dict(active_heads=3, block_size=128, **self.forced)
+        selected = [reference.misa(*s, TOPK, **options) for s in self.sequences]
+        return torch.cat(selected)
+
+    def recorded(self, select, tmp_path):
+        """What `select` returns while the recorder runs, and the records."""
+        recorder = Recorder(tmp_path / "records")
+        self.rids = [f"request-{i}" for i in range(len(self.rows))]
+        with self.monkeypatch.context() as patch:
+            patch.setattr(hooks, "active_recorder", lambda: recorder)
+            out = select()
+        self.rids = None
+        return out, load_records(recorder.directory)
+
+    def check(self, out, select, tmp_path):
+        """The positions that `select` returned are those defined: bit for bit on a CPU, up to ties on a GPU."""
+        rows = sum(self.rows)
+        assert out.dtype == torch.int32
+        assert (out[rows:] == -1).all()
+        if self.device == "cpu":
+            assert torch.equal(out[:rows].long(), self.expected())
+        again, records = self.recorded(select, tmp_path)
+        assert torch.equal(out, again)
+        assert [record["rid"] for record in records] == [
+            f"request-{i}" for i in range(len(self.rows))
+        ]
+        exact = self.device == "cpu"
+        for record in records:
+            check_record(record, self.config, TOPK, exact=exact, **self.forced)
+        positions = torch.cat([record["positions"] for record in records])
+        assert torch.equal(positions, out[:rows].cpu())
+
+
+PAGED, RAGGED = TopkTransformMethod.PAGED, TopkTransformMethod.RAGGED
+LENGTHS, EXTENDS = [300, 1, 129, 700], [300, 1, 40, 3]
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("forced", [(0, 0), (4, 70)])
+def test_extend(padding, forced, device, monkeypatch, tmp_path):
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, forced)
+
+    def select():
+        return batch.select_ragged(padding, method=PAGED)
+
+    out = select()
+    assert out.shape == (sum(EXTENDS) + padding, TOPK)
+    batch.check(out, select, tmp_path)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("forced", [(0, 0), (4, 70)])
+def test_decode(padding, forced, device, monkeypatch, tmp_path):
+    batch = Batch(LENGTHS, [1] * 4, device, monkeypatch, forced)
+
+    def select():
+        return batch.select_paged(padding, method=PAGED)
+
+    out = select()
+    assert out.shape == (4 + padding, TOPK)
+    batch.check(out, select, tmp_path)
+
+
+def test_extend_into_the_buffer_of_a_cuda_graph(device, monkeypatch, tmp_path):
+    """The buffer and the weights have the padded number of rows, q the real one."""
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch)
+    rows = sum(EXTENDS)
+
+    def select():
+        buffer = torch.full((rows + 9, TOPK), -1, dtype=torch.int32, device=device)
+        out = batch.select_ragged(out=buffer, weight_padding=9, method=PAGED)
+        assert out is buffer
+        return out
+
+    batch.check(select(), select, tmp_path)
+
+
+def test_some_prompts_are_below_min_context(device, monkeypatch, tmp_path):
+    """The rows that see fewer tokens are spread over the batch, and recorded by themselves."""
+    config = replace(CONFIG, min_context=200)
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, config=config)
+
+    def select():
+        return batch.select_ragged(method=PAGED)
+
+    out = select()
+    again, records = batch.recorded(select, tmp_path)
+    assert torch.equal(out, again)
+    assert [(r["rid"], len(r["q"]), r["heads"] is None) for r in records] == [
+        ("request-0", 199, True),
+        ("request-0", 101, False),
+        ("request-1", 1, True),
+        ("request-2", 40, True),
+        ("request-3", 3, False),
+    ]
+    for record in records:
+        check_record(record, config, TOPK, exact=device == "cpu")
+    positions = torch.cat([record["positions"] for record in records])
+    assert torch.equal(positions, out.cpu())
+
+
+def test_idle_batches(device, monkeypatch):
+    batch = Batch([], [], device, monkeypatch)
+    for padding in (0, 4):
+        for select in (batch.select_ragged, batch.select_paged):
+            out = select(padding, method=PAGED)
+            assert out.shape == (padding, TOPK) and (out == -1).all()
+
+
+@pytest.mark.parametrize("rows, select", [(EXTENDS, "ragged"), ([1] * 4, "paged")])
+def test_fused_output_is_slots(rows, select, device, monkeypatch, tmp_path):
+    batch = Batch(LENGTHS, rows, device, monkeypatch)
+    select = getattr(batch, f"select_{select}")
+    chosen = select(method=PAGED).long()
+    with envs.SGLANG_DSA_FUSE_TOPK.override(True):
+        out = select(method=PAGED, unfused=False)
+        recorded, _ = batch.recorded(
+            lambda: select(method=PAGED, unfused=False), tmp_path
+        )
+    repeats = torch.tensor(rows, device=device)
+    table = batch.page_table.long().repeat_interleave(repeats, 0)
+    slots = table.gather(1, (chosen // PAGE_SIZE).clamp(min=0)) * PAGE_SIZE
+    slots = (slots + chosen % PAGE_SIZE).masked_fill(chosen < 0, -1)
+    assert torch.equal(out.long(), slots)
+    assert torch.equal(recorded, out)
+
+
+def test_fused_output_is_offsets_where_keys_are_ragged(device, monkeypatch, tmp_path):
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch)
+    starts = torch.tensor([0, 300, 301, 430]).repeat_interleave(torch.tensor(EXTENDS))
+    starts = starts.int().to(device)
+    chosen = batch.select_ragged(method=RAGGED)
+
+    def select():
+        return batch.select_ragged(method=RAGGED, unfused=False, offsets=starts)
+
+    with envs.SGLANG_DSA_FUSE_TOPK.override(True):
+        out = select()
+        recorded, _ = batch.recorded(select, tmp_path)
+    expected = (chosen + starts[:, None]).masked_fill(chosen < 0, -1)
+    assert torch.equal(out, expected)
+    assert torch.equal(recorded, out)
+
+
+def test_sglang_is_left_alone_without_misa(monkeypatch):
+    monkeypatch.setattr(hooks, "_config", lambda: None)
+    result = object()
+    metadata = SimpleNamespace()
+    args = [
+        SimpleNamespace(),
+        None,
+        SimpleNamespace(rids=None),
+        0,
+        None,
+        None,
+        metadata,
+    ]
+    assert hooks.select_ragged(lambda *given: result, *args) is result
+    args.pop(1)
+    assert hooks.select_paged(lambda *given: result, *args) is result
+    assert hooks.create_pooled_keys(None, SimpleNamespace()) is None
+    assert hooks.add_pooled_keys_size(10, SimpleNamespace()) is None
+    assert hooks.add_pooled_keys_cell_size(10, None, None, 3) is None
+
+
+def test_pooled_keys_are_counted(monkeypatch):
+    monkeypatch.setattr(hooks, "_config", lambda: CONFIG)
+    pages = [torch.zeros(10, 64 * 132, dtype=torch.uint8)] * 3
+    pool = SimpleNamespace(index_k_with_scale_buffer=pages)
+    hooks.create_pooled_keys(None, pool)
+    assert hooks.add_pooled_keys_size(1000, pool) == 1000 + 10 * 3 * 256
+    assert hooks.add_pooled_keys_cell_size(1000, None, None, 3) == 1000 + 4 * 3
+    hooks.clear_pooled_keys(None, pool)
+    assert not hasattr(pool, "misa_pooled_keys")

@@ -1,0 +1,153 @@
+"""A hook that did not engage is noticed, whichever it is."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang.srt.plugins import load_plugins
+
+load_plugins()
+
+from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+from sglang.srt.layers.misa import doctor, patches, plugin, process
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+
+def test_all_hooks_engage():
+    assert patches.problems() == []
+    patches.check_engaged()
+
+
+@pytest.mark.parametrize("patch", patches.PATCHES, ids=lambda patch: patch.target)
+def test_a_hook_that_did_not_engage(patch, monkeypatch, capsys):
+    owner, name = patch.owner()
+    original = getattr(getattr(owner, name), "__wrapped__", object)
+    monkeypatch.setattr(owner, name, original)
+    with pytest.raises(RuntimeError) as error:
+        patches.check_engaged()
+    assert patch.target in str(error.value)
+    # SGLang runs as many processes: which of them was it?
+    assert f"process {os.getpid()} (" in str(error.value)
+    assert doctor.main() == 1
+    assert f"FAILED {patch.kind.value:8} {patch.target}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("patch", patches.PATCHES, ids=lambda patch: patch.target)
+def test_a_target_that_is_gone(patch, monkeypatch):
+    owner, name = patch.owner()
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(RuntimeError, match="did not engage"):
+        patches.check_engaged()
+
+
+@pytest.mark.parametrize(
+    "target", ["sglang.srt.no_such_module.f", "sglang.srt.server_args.NoSuchClass.f"]
+)
+def test_an_owner_that_is_gone(target, monkeypatch):
+    patch = patches.PATCHES[0]._replace(target=target)
+    monkeypatch.setattr(patches, "PATCHES", (patch,))
+    with pytest.raises(RuntimeError, match=f"{target} did not engage"):
+        patches.check_engaged()
+
+
+def test_an_unknown_sglang(monkeypatch):
+    monkeypatch.setattr(patches, "sglang_version", "0.6.0")
+    with pytest.raises(RuntimeError, match="SGLang 0.6.0 .* install sglang==0.5.17"):
+        patches.check_engaged()
+
+
+def test_doctor_says_ready(capsys):
+    assert doctor.main() == 0
+    assert "MISA is ready." in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="SGLang's indexer can be imported there"
+)
+def test_doctor_in_a_plain_shell():
+    """Where SGLang's own indexer cannot be imported, that is what the doctor says."""
+    from sglang_cpu_engine.launch import ENVIRONMENT
+
+    env = {name: os.environ[name] for name in os.environ.keys() - ENVIRONMENT.keys()}
+    command = [sys.executable, "-m", "sglang.srt.layers.misa.doctor"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 1
+    first, _, *rest = result.stdout.splitlines()
+    assert first.startswith("sglang 0.5.17, torch ") and first.endswith(", no GPU")
+    assert rest[0].startswith("FAILED the plugin does not load: ")
+    assert "set SGLANG_USE_CPU_ENGINE=1" in rest[1]
+
+
+def test_doctor_wants_kernels_on_a_gpu_only(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", None)
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        assert doctor.main() == gpu
+        printed = capsys.readouterr().out
+        state = "FAILED" if gpu else "unused"
+        assert f"{state} kernels  sgl-kernel-misa" in printed
+        assert ("MISA is ready." in printed) != gpu
+        assert ("sgl-kernel-misa cannot be imported" in printed) == gpu
+
+
+def test_doctor_finds_kernels_that_run(monkeypatch, capsys):
+    kernels = SimpleNamespace(check_device=lambda: None)
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", kernels)
+    assert doctor.main() == 0
+    assert "ok     kernels  sgl-kernel-misa" in capsys.readouterr().out
+
+
+def test_a_plugin_that_fails_to_load_ends_a_process_that_needs_it(monkeypatch):
+    monkeypatch.setattr(patches, "PATCHES", None)
+    monkeypatch.setattr(process, "requires_misa", False)
+    with pytest.raises(TypeError):
+        plugin.register()
+    monkeypatch.setattr(process, "requires_misa", True)
+    # Not an Exception: SGLang logs those and goes on.
+    with pytest.raises(
+        SystemExit, match=f"the plugin failed to load in process {os.getpid()}"
+    ):
+        plugin.register()
+
+
+class Pool(DSATokenToKVPool):
+    def __init__(self):
+        self.misa_pooled_keys = None
+
+
+class Model(torch.nn.Module):
+    def __init__(self, indexer_class):
+        super().__init__()
+        self.indexer = indexer_class.__new__(indexer_class)
+        torch.nn.Module.__init__(self.indexer)
+
+
+def test_objects_of_the_hooked_classes_pass():
+    patches.check_objects(Model(Indexer), Pool())
+
+
+def test_a_subclass_with_a_method_of_its_own():
+    class OtherIndexer(Indexer):
+        def _get_topk_paged(self):
+            pass
+
+    class OtherPool(Pool):
+        def get_kv_size_bytes(self):
+            pass
+
+    with pytest.raises(RuntimeError, match="OtherIndexer._get_topk_paged bypasses"):
+        patches.check_objects(Model(OtherIndexer), Pool())
+    with pytest.raises(RuntimeError, match="OtherPool.get_kv_size_bytes bypasses"):
+        patches.check_objects(Model(Indexer), OtherPool())
+
+
+def test_a_model_or_a_pool_without_an_indexer():
+    with pytest.raises(RuntimeError, match="no DSA indexer"):
+        patches.check_objects(torch.nn.Linear(1, 1), Pool())
+    with pytest.raises(RuntimeError, match="no DSA indexer"):
+        patches.check_objects(Model(Indexer), object())

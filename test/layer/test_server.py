@@ -1,0 +1,261 @@
+"""MISA in a server on the CPU engine: scheduler, radix cache, chunked prefill and decode are SGLang's own."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from checks import check_records, covered, selections
+from sglang_misa.server import misa_args, serve, tokens
+
+from sglang.srt.layers.misa import reference
+from sglang.srt.layers.misa.config import MisaConfig
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="runs on the CPU engine; see test_server_gpu.py"
+)
+
+LAYERS, TOPK = 2, 256
+CONFIG = MisaConfig(active_heads=8, block_size=256)
+FAMILIES = ["deepseek_v32", "glm_moe_dsa"]
+# Chunks of the prompt, which SGLang takes in whole pages; 8192 is the whole prompt in one go.
+CHUNKS = [256, 512, 1024, 8192]
+
+
+def output(answer):
+    return answer["output_ids"]
+
+
+def cached(answer):
+    return answer["meta_info"]["cached_tokens"]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        # One worker runs all the tests of a server.
+        pytest.param(
+            (family, chunk), marks=pytest.mark.xdist_group(f"{family}-{chunk}")
+        )
+        for family in FAMILIES
+        for chunk in CHUNKS
+    ],
+    ids=lambda param: "-".join(map(str, param)),
+)
+def server(request, tiny_model, tmp_path_factory):
+    family, chunk = request.param
+    with serve(
+        tiny_model(family, LAYERS, TOPK),
+        tmp_path_factory.mktemp("server"),
+        *misa_args(CONFIG),
+        *("--chunked-prefill-size", str(chunk)),
+    ) as running:
+        running.chunk = chunk
+        yield running
+
+
+@pytest.fixture
+def fresh(server):
+    """The server with an empty cache and no records."""
+    server.reset()
+    return server
+
+
+def test_prefill_and_decode(fresh):
+    # 70 new tokens cross a page edge, wherever the prompt ends.
+    fresh.generate(tokens(1500), new_tokens=70)
+    records = fresh.records()
+    check_records(records, CONFIG, TOPK)
+    # Chunks that end within the first TOPK tokens need no selection. The overlapped scheduler may run one step more.
+    first = fresh.chunk + 1 if fresh.chunk <= TOPK else 1
+    for layer in range(LAYERS):
+        lengths = covered(records)[layer]
+        assert lengths - {1500 + 70} == set(range(first, 1500 + 70))
+
+
+def test_radix_hit(fresh):
+    prompt = tokens(1500)
+    cold = fresh.generate(prompt)
+    fresh.forget()
+    hit = fresh.generate(prompt)
+    assert cached(cold) == 0 and cached(hit) == 1472
+    records = fresh.records()
+    check_records(records, CONFIG, TOPK)
+    assert covered(records)[0] - {1504} == set(range(1473, 1504))
+
+
+def test_extension_of_a_cached_prefix(fresh):
+    """Cold or cached, with the same chunk boundaries: the same bits throughout."""
+    head = min(fresh.chunk, 1024)
+    prompt = tokens(head + 300)
+    cold = fresh.generate(prompt)
+    cold_records = fresh.records()
+    fresh.flush_cache()
+    fresh.generate(prompt[:head])
+    fresh.forget()
+    warm = fresh.generate(prompt)
+    assert cached(warm) == head
+    warm_records = fresh.records()
+    check_records(warm_records, CONFIG, TOPK)
+    if head == fresh.chunk:
+        assert output(warm) == output(cold)
+        rows = head + 1, head + 300
+        assert torch.equal(
+            selections(warm_records, *rows), selections(cold_records, *rows)
+        )
+
+
+def test_batch_of_prompts_and_decodes(fresh):
+    """Prompts of all sizes arrive while others decode; --enable-mixed-chunk would put both in one call."""
+    sizes = [700, 64, 1100, 1, 300, 257, 256]
+    with ThreadPoolExecutor(len(sizes)) as threads:
+        answers = []
+        for seed, size in enumerate(sizes):
+            answers.append(threads.submit(fresh.generate, tokens(size, seed), 40))
+            time.sleep(0.1)
+        assert all(len(output(answer.result())) == 40 for answer in answers)
+    records = fresh.records()
+    check_records(records, CONFIG, TOPK)
+    assert covered(records)[0] >= set(range(1001, 1140))
+
+
+def test_flush_cache_and_reuse_of_pages(fresh):
+    prompt = tokens(1200)
+    before = fresh.generate(prompt, 20)
+    first = fresh.records()
+    fresh.flush_cache()
+    fresh.generate(tokens(2000, seed=1))
+    fresh.reset()
+    after = fresh.generate(prompt, 20)
+    again = fresh.records()
+    assert cached(after) == 0 and output(after) == output(before)
+    check_records(again, CONFIG, TOPK)
+    rows = 1001, 1219
+    assert torch.equal(selections(again, *rows), selections(first, *rows))
+
+
+def test_abort_in_mid_prefill(fresh):
+    if fresh.chunk > 1024:
+        pytest.skip("a prompt in one chunk has no middle")
+    prompt = tokens(1400)
+    before = fresh.generate(prompt, 20)
+    first = fresh.records()
+    fresh.reset()
+    with ThreadPoolExecutor(1) as thread:
+        doomed = thread.submit(fresh.generate, prompt + tokens(6000, 1), 1, "doomed")
+        while not fresh.records():
+            time.sleep(0.02)
+        fresh.post("/abort_request", rid="doomed")
+        assert doomed.result()["meta_info"]["finish_reason"]["type"] == "abort"
+    aborted = fresh.records()
+    assert max(covered(aborted)[0]) < 7400, "the prompt was finished, not aborted"
+    check_records(aborted, CONFIG, TOPK)
+    fresh.reset()
+    after = fresh.generate(prompt, 20)
+    again = fresh.records()
+    assert output(after) == output(before)
+    check_records(again, CONFIG, TOPK)
+    rows = 1001, 1419
+    assert torch.equal(selections(again, *rows), selections(first, *rows))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_heads_are_dsa(family, tiny_model, tmp_path):
+    """--misa-active-heads H: SGLang's own selections and output tokens."""
+    model = tiny_model(family, LAYERS, TOPK)
+    heads = {"deepseek_v32": 64, "glm_moe_dsa": 32}[family]
+    prompt, new_tokens = 600, 12
+    last = prompt + new_tokens - 1
+    answers, chosen = [], []
+    for name, args in (
+        ("dsa", ()),
+        ("misa", misa_args(MisaConfig(active_heads=heads))),
+    ):
+        with serve(model, tmp_path / name, *args) as server:
+            answers.append(server.generate(tokens(prompt), new_tokens))
+            records = server.records()
+            chosen.append(selections(records, 1, last).sort(dim=2).values)
+    check_records(records, MisaConfig(active_heads=heads), TOPK)
+    assert output(answers[0]) == output(answers[1])
+    for record in records:
+        scores = reference.token_scores(
+            *(record[name] for name in ("q", "weights", "k", "k_scale"))
+        )
+        for length, row in zip(record["lengths"].tolist(), scores):
+            if length > last:
+                continue
+            dsa, misa = (rows[record["layer_id"], length - 1].long() for rows in chosen)
+            # The same tokens, or others of equal score.
+            assert torch.equal(dsa >= 0, misa >= 0)
+            dsa, misa = (row[x[x >= 0]].sort().values for x in (dsa, misa))
+            assert torch.equal(dsa, misa)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        MisaConfig(active_heads=4, block_size=128, rerank_candidates=512),
+        MisaConfig(active_heads=8, block_size=1024, min_context=700),
+    ],
+    ids=["hierarchical", "min-context"],
+)
+def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
+    with serve(
+        tiny_model(family, LAYERS, TOPK),
+        tmp_path,
+        *misa_args(config),
+        *("--chunked-prefill-size", "512", "--enable-mixed-chunk"),
+        "--enable-metrics",
+    ) as server:
+        info, metrics = server.info, server.metrics()
+        assert info["misa_active_heads"] == config.active_heads
+        for name in ("active_heads", "block_size", "rerank_candidates"):
+            assert metrics[f"sglang:misa_{name}"] == getattr(config, name)
+        size = info["misa"]["pooled_keys_bytes"]
+        assert metrics["sglang:misa_pooled_keys_bytes"] == size > 0
+        with ThreadPoolExecutor(3) as threads:
+            first = threads.submit(server.generate, tokens(600, 1), 24)
+            time.sleep(1)
+            others = [
+                threads.submit(server.generate, tokens(size, size), 6)
+                for size in (1300, 900)
+            ]
+            assert all(a.result() for a in (first, *others))
+        records = server.records()
+    check_records(records, config, TOPK)
+    assert any(r["heads"] is not None for r in records)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_retraction(family, tiny_model, tmp_path):
+    """Requests that outgrow the cache are retracted, and their pages filled by others."""
+    with serve(
+        tiny_model(family, LAYERS, TOPK),
+        tmp_path,
+        *misa_args(CONFIG),
+        *("--chunked-prefill-size", "512", "--schedule-conservativeness", "0.01"),
+        *("--max-total-tokens", "1024"),
+    ) as server:
+        prompt = tokens(300)
+        before = server.generate(prompt, 50)
+        first = server.records()
+        server.reset()
+        with ThreadPoolExecutor(2) as threads:
+            # Two are let in, 5 pages each, and want 10 pages each of the 16.
+            answers = [
+                threads.submit(server.generate, tokens(300, seed), 330)
+                for seed in (1, 2)
+            ]
+            assert all(len(output(answer.result())) == 330 for answer in answers)
+        assert "#retracted_reqs: 1" in server.log.read_text(), "none was retracted"
+        check_records(server.records(), CONFIG, TOPK)
+        server.forget()
+        # Its pages come from what the others left in the radix cache, and are evicted for it.
+        after = server.generate(prompt, 50)
+        assert cached(after) == 0
+        again = server.records()
+    assert output(after) == output(before)
+    check_records(again, CONFIG, TOPK)
+    rows = 1, 349
+    assert torch.equal(selections(again, *rows), selections(first, *rows))

@@ -1,0 +1,458 @@
+"""The arguments, however they are given, and every refusal."""
+
+import copy
+import dataclasses
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang_misa.server import server_env
+
+from sglang.srt.layers.misa import operations, process
+from sglang.srt.layers.misa import server_args as module
+from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
+from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
+from sglang.srt.server_args import ServerArgs
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="resolves arguments for the CPU engine"
+)
+
+HEADS, TOPK = 64, 256
+SPECULATIVE = (
+    "--speculative-algorithm EAGLE --speculative-num-steps 2 --speculative-eagle-topk 1 "
+    "--speculative-num-draft-tokens 3"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return str(tiny_model("deepseek_v32", 2, TOPK))
+
+
+@pytest.fixture(scope="module")
+def parse(model):
+    """parse(flags) -> the resolved arguments of a server with the tiny model."""
+    from sglang_cpu_engine.launch import FLAGS
+
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    return lambda flags="", path=model: prepare_server_args(
+        ["--model-path", path, *FLAGS, "--enable-misa", *flags.split()]
+    )
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(ValueError) as error:
+        function(*args)
+    message = str(error.value)
+    assert message.endswith(".") and "\n" not in message, "one sentence, please"
+    return message
+
+
+def test_defaults(parse):
+    args = parse()
+    assert args.enable_misa
+    assert args.misa_active_heads == 8
+    assert args.misa_block_size == 1024
+    assert args.misa_rerank_candidates == 0
+    assert args.misa_min_context == 0
+
+
+def test_values_at_the_bounds_are_accepted(parse):
+    for flags in (
+        "--misa-active-heads 1",
+        f"--misa-active-heads {HEADS}",
+        "--misa-block-size 64",
+        f"--misa-block-size {MAX_CONTEXT}",
+        f"--misa-rerank-candidates {TOPK}",
+        f"--misa-rerank-candidates {MAX_CONTEXT}",
+        "--misa-min-context 0",
+        "--misa-min-context 4096",
+    ):
+        parse(flags)
+
+
+@pytest.mark.parametrize(
+    "flags, remedy",
+    [
+        ("--misa-active-heads 0", "between 1 and 64"),
+        ("--misa-active-heads 65", "between 1 and 64"),
+        ("--misa-active-heads -8", "between 1 and 64"),
+        ("--misa-block-size 0", "positive multiple of 64"),
+        ("--misa-block-size -64", "positive multiple of 64"),
+        ("--misa-block-size 100", "positive multiple of 64"),
+        ("--misa-block-size 4194368", "at most 4194304"),
+        ("--misa-block-size 2147483648", "at most 4194304"),
+        ("--misa-rerank-candidates 4194305", "at most 4194304"),
+        ("--misa-rerank-candidates 255", "at least 256"),
+        ("--misa-rerank-candidates -1", "at least 256"),
+        ("--misa-min-context -1", "use 0"),
+    ],
+)
+def test_bad_values(parse, flags, remedy):
+    message = refusal(parse, flags)
+    assert flags in message and remedy in message
+
+
+@pytest.mark.parametrize("flag", ["active-heads", "block-size", "rerank-candidates"])
+def test_values_that_are_no_numbers(parse, flag, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"--misa-{flag} many")
+    assert f"--misa-{flag}: invalid int value: 'many'" in capsys.readouterr().err
+
+
+COMBINATIONS = [
+    ("--use-ray", "drop --use-ray"),
+    ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
+    ("--dcp-size 2 --tp-size 2", "drop --dcp-size"),
+    ("--disaggregation-mode prefill", "drop --disaggregation-mode"),
+    ("--disaggregation-mode decode", "drop --disaggregation-mode"),
+    ("--enable-hierarchical-cache", "drop --enable-hierarchical-cache"),
+    ("--enable-lmcache", "drop --enable-lmcache"),
+    ("--enable-flexkv", "--enable-flexkv"),
+    ("--enable-hisparse", "drop --enable-hisparse"),
+    (SPECULATIVE, "drop --speculative-algorithm"),
+    ("--prefill-attention-backend flashinfer", "--prefill-attention-backend"),
+    ("--decode-attention-backend flashinfer", "--decode-attention-backend"),
+    ("--cuda-graph-backend-prefill full", "drop --cuda-graph-backend-prefill full"),
+    ("--dsa-topk-backend flashinfer", "drop --dsa-topk-backend flashinfer"),
+    (
+        "--dsa-paged-mqa-logits-backend cutedsl",
+        "drop --dsa-paged-mqa-logits-backend",
+    ),
+]
+
+
+@pytest.mark.parametrize("flags, remedy", COMBINATIONS)
+def test_unsupported_combinations(parse, flags, remedy):
+    message = refusal(parse, flags)
+    assert "--enable-misa" in message and remedy in message
+
+
+SETTINGS = [
+    # SGLang itself changes or rejects these on a CPU before MISA sees them.
+    ("page_size", 32, "--page-size"),
+    ("page_size", 128, "--page-size"),
+    ("device", "npu", "NPU"),
+    ("device", "xpu", "XPU"),
+    (
+        "enable_dsa_prefill_context_parallel",
+        True,
+        "prefill context-parallel flags",
+    ),
+    ("enable_dsa_cache_layer_split", True, "drop --enable-dsa-cache-layer-split"),
+]
+
+
+@pytest.mark.parametrize("name, value, remedy", SETTINGS)
+def test_unsupported_settings(parse, name, value, remedy):
+    args = parse()
+    # Resolved arguments are read-only.
+    object.__setattr__(args, name, value)
+    message = refusal(module.check_misa_server_args, args)
+    assert "--enable-misa" in message and remedy in message
+
+
+def test_rocm(parse, monkeypatch):
+    args = parse()
+    monkeypatch.setattr(module, "is_hip", lambda: True)
+    assert "ROCm" in refusal(module.check_misa_server_args, args)
+
+
+def test_cpu_without_the_engine(parse, monkeypatch):
+    args = parse()
+    monkeypatch.setattr(module, "is_cpu", lambda: False)
+    message = refusal(module.check_misa_server_args, args)
+    assert "set SGLANG_USE_CPU_ENGINE=1" in message
+
+
+EVALUATIONS = [
+    ("hiza", "", "set it to hisa, random-heads, heaviest-heads"),
+    ("hisa", "--cuda-graph-backend-decode full", "add --disable-cuda-graph"),
+    ("hisa", "--cuda-graph-backend-prefill breakable", "add --disable-cuda-graph"),
+    ("random-heads", "--misa-rerank-candidates 512", "drop --misa-rerank-candidates"),
+    ("heaviest-heads", "--misa-min-context 512", "--misa-min-context"),
+]
+
+
+@pytest.mark.parametrize("name, flags, remedy", EVALUATIONS)
+def test_evaluation(parse, name, flags, remedy, monkeypatch):
+    monkeypatch.setenv(EVAL_SELECTION_ENV, name)
+    message = refusal(parse, flags)
+    assert f"{EVAL_SELECTION_ENV}" in message and remedy in message
+    monkeypatch.setenv(EVAL_SELECTION_ENV, "heaviest-heads")
+    parse("--misa-active-heads 4")
+    if name in SELECTIONS:
+        # Without an evaluation the same flags do.
+        monkeypatch.setenv(EVAL_SELECTION_ENV, "")
+        parse(flags)
+
+
+def test_evaluation_without_misa(model, monkeypatch):
+    from sglang_cpu_engine.launch import FLAGS
+
+    from sglang.srt.server_args import prepare_server_args
+
+    monkeypatch.setenv(EVAL_SELECTION_ENV, "hisa")
+    message = refusal(prepare_server_args, ["--model-path", model, *FLAGS])
+    assert f"{EVAL_SELECTION_ENV} is set" in message
+    assert "add --enable-misa" in message
+
+
+@pytest.fixture
+def on_gpu(parse, monkeypatch):
+    """on_gpu(flags, path) -> the arguments as resolved on a machine with a GPU whose kernels run."""
+    monkeypatch.setattr(module, "kernels_problem", lambda: None)
+
+    def resolve(*given):
+        args = parse(*given)
+        object.__setattr__(args, "device", "cuda")
+        return args
+
+    return resolve
+
+
+def test_kernels_that_run(on_gpu):
+    module.check_misa_server_args(on_gpu())
+    module.check_misa_server_args(on_gpu("--misa-rerank-candidates 16384"))
+
+
+def test_without_the_kernels(on_gpu, monkeypatch):
+    args = on_gpu()
+    monkeypatch.setattr(module, "kernels_problem", operations.kernels_problem)
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", None)
+    message = refusal(module.check_misa_server_args, args)
+    assert "--enable-misa: sgl-kernel-misa cannot be imported" in message
+    assert "pip install --no-build-isolation ./sgl-kernel-misa" in message
+
+
+def test_kernels_that_do_not_run_here(on_gpu, monkeypatch):
+    def check_device():
+        raise RuntimeError("compute capability 8.0, not 9.0.")
+
+    args = on_gpu()
+    monkeypatch.setattr(module, "kernels_problem", operations.kernels_problem)
+    kernels = SimpleNamespace(check_device=check_device)
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", kernels)
+    message = refusal(module.check_misa_server_args, args)
+    assert "--enable-misa: sgl-kernel-misa does not run on this GPU" in message
+    assert "compute capability 8.0, not 9.0" in message
+    assert "drop --enable-misa" in message
+
+
+def test_a_cpu_needs_no_kernels(parse, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sgl_kernel_misa", None)
+    parse("--misa-rerank-candidates 1000")
+
+
+@pytest.mark.parametrize("candidates", [1000, 16448])
+def test_candidates_that_the_kernels_do_not_take(on_gpu, candidates):
+    args = on_gpu(f"--misa-rerank-candidates {candidates}")
+    message = refusal(module.check_misa_server_args, args)
+    assert f"--misa-rerank-candidates {candidates}" in message
+    assert "multiple of 64 up to 16384" in message and "use 0" in message
+
+
+def test_models_that_the_kernels_do_not_take(on_gpu, tiny_model, tmp_path):
+    path = model_with(tiny_model, tmp_path / "topk", index_topk=100)
+    message = refusal(module.check_misa_server_args, on_gpu("", path))
+    assert "index_topk=100" in message and "drop --enable-misa" in message
+    path = model_with(tiny_model, tmp_path / "heads", index_n_heads=16)
+    message = refusal(module.check_misa_server_args, on_gpu("", path))
+    assert "32 or 64 heads" in message and "drop --enable-misa" in message
+
+
+def test_every_refusal_is_tested():
+    remedies = [row[-1] for row in COMBINATIONS + SETTINGS + EVALUATIONS]
+    remedies += ["ROCm", "set SGLANG_USE_CPU_ENGINE=1"]
+    for refusal in module.REFUSALS:
+        assert any(remedy in refusal.message for remedy in remedies), refusal
+
+
+def model_with(tiny_model, tmp_path, **changes):
+    """A copy of the tiny model's directory with another configuration."""
+    import json
+    import shutil
+
+    path = tmp_path / "model"
+    shutil.copytree(tiny_model("deepseek_v32", 2, TOPK), path)
+    config = json.loads((path / "config.json").read_text())
+    config.update(changes)
+    config = {name: value for name, value in config.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def test_a_model_without_dsa(parse, tiny_model, tmp_path):
+    path = model_with(
+        tiny_model,
+        tmp_path,
+        architectures=["DeepseekV3ForCausalLM"],
+        model_type="deepseek_v3",
+        index_topk=None,
+    )
+    message = refusal(parse, "--attention-backend torch_native", path)
+    assert "DeepSeek Sparse Attention" in message and "drop --enable-misa" in message
+
+
+@pytest.mark.parametrize("name", ["index_n_heads", "index_topk"])
+@pytest.mark.parametrize("value", [None, 0, -1, "64", 64.0, True, [64]])
+def test_a_model_whose_config_is_wrong(parse, name, value, monkeypatch):
+    """`None` stands for a config without the value too."""
+    args = parse()
+    hf_config = copy.copy(args.get_model_config().hf_config)
+    setattr(hf_config, name, value)
+    monkeypatch.setattr(args.get_model_config(), "hf_config", hf_config)
+    # Without index_topk a model is none with DSA.
+    monkeypatch.setattr(module, "is_deepseek_dsa", lambda _: True)
+    message = refusal(module.check_misa_server_args, args)
+    assert f"{name}={value!r}" in message and "drop --enable-misa" in message
+    delattr(hf_config, name)
+    assert f"{name}=None" in refusal(module.check_misa_server_args, args)
+
+
+@pytest.mark.parametrize("index_n_heads", [None, 0])
+def test_a_server_whose_models_config_is_wrong(
+    parse, tiny_model, tmp_path, index_n_heads
+):
+    path = model_with(tiny_model, tmp_path, index_n_heads=index_n_heads)
+    assert "index_n_heads=" in refusal(parse, "", path)
+
+
+def test_a_model_that_selects_less_than_a_page(parse, tiny_model, tmp_path):
+    path = model_with(tiny_model, tmp_path, index_topk=32)
+    assert "index_topk=32" in refusal(parse, "", path)
+
+
+def test_without_misa_nothing_is_refused(model):
+    from sglang_cpu_engine.launch import FLAGS
+
+    from sglang.srt.server_args import prepare_server_args
+
+    args = prepare_server_args(
+        ["--model-path", model, *FLAGS, "--enable-hierarchical-cache"]
+    )
+    assert module.misa_config(args) is None
+    args = prepare_server_args(["--model-path", model, *FLAGS, "--misa-block-size=7"])
+    assert module.misa_config(args) is None
+
+
+@dataclasses.dataclass
+class OtherArgs(ServerArgs):
+    """Another plugin's class."""
+
+    other: int = 3
+
+
+def test_copies(parse, monkeypatch):
+    """However they are copied, the arguments stay what they are, and a process that gets them has to have MISA."""
+    args = parse("--misa-active-heads 4")
+    for copied in (
+        copy.copy(args),
+        copy.deepcopy(args),
+        dataclasses.replace(args, misa_block_size=128),
+    ):
+        assert type(copied) is type(args) and isinstance(copied, ServerArgs)
+        assert module.misa_config(copied).active_heads == 4
+    monkeypatch.setattr(process, "requires_misa", False)
+    assert pickle.loads(pickle.dumps(args)) == args
+    assert process.requires_misa
+    off = dataclasses.replace(args, enable_misa=False)
+    assert module.misa_config(off) is None
+    on = dataclasses.replace(off, enable_misa=True)
+    assert module.misa_config(on) == module.misa_config(args)
+
+
+def test_with_the_class_of_another_plugin(parse):
+    given = vars(parse("--misa-active-heads 4"))
+    given = {x.name: given[x.name] for x in dataclasses.fields(ServerArgs)}
+    args = module.with_misa(OtherArgs)(**given, enable_misa=True, other=5)
+    args = pickle.loads(pickle.dumps(args))
+    assert isinstance(args, OtherArgs) and args.other == 5
+    assert module.misa_config(args) == MisaConfig()
+
+
+def test_a_program_that_makes_its_own_arguments(parse):
+    """As `Engine` does, by keyword; without `enable_misa` what else MISA takes means nothing."""
+    given = vars(parse())
+    given = {x.name: given[x.name] for x in dataclasses.fields(ServerArgs)}
+    args = ServerArgs(**given, enable_misa=True, misa_active_heads=4)
+    assert module.misa_config(args) == MisaConfig(active_heads=4)
+    for values in ({}, {"enable_misa": False}, {"misa_active_heads": 4}):
+        assert type(ServerArgs(**given, **values)) is ServerArgs
+
+
+def test_yaml_config(parse, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("misa-active-heads: 4\nmisa-rerank-candidates: 512\n")
+    args = parse(f"--config {config}")
+    assert args.misa_active_heads == 4
+    assert args.misa_rerank_candidates == 512
+
+
+def run(*command):
+    return subprocess.run(
+        command, env=server_env(), capture_output=True, text=True, timeout=200
+    )
+
+
+SERVE = "from sglang.cli.main import main; main()"
+
+
+@pytest.mark.parametrize(
+    "entry", [["-m", "sglang.launch_server", "--model-path"], ["-c", SERVE, "serve"]]
+)
+def test_the_launchers_refuse(entry, model):
+    from sglang_cpu_engine.launch import FLAGS
+
+    result = run(
+        *(sys.executable, *entry, model, *FLAGS),
+        *("--enable-misa", "--misa-active-heads", "65"),
+    )
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "--misa-active-heads 65 is not between 1 and 64" in last
+
+
+def test_help_lists_the_arguments():
+    result = run(sys.executable, "-m", "sglang.launch_server", "--help")
+    for flag in (
+        "--enable-misa",
+        "--misa-active-heads",
+        "--misa-block-size",
+        "--misa-rerank-candidates",
+        "--misa-min-context",
+    ):
+        assert flag in result.stdout
+
+
+ENGINE = """
+import sglang
+
+if __name__ == "__main__":
+    engine = sglang.Engine(
+        model_path={model!r}, enable_misa=True, misa_active_heads=4, device="cpu", attention_backend="dsa",
+        dsa_topk_backend="torch", dsa_prefill_backend="flashmla_sparse", dsa_decode_backend="flashmla_sparse",
+        kv_cache_dtype="bfloat16", max_total_tokens=4096, mem_fraction_static=0.3, grammar_backend="none",
+        disable_cuda_graph=True, sampling_backend="pytorch", log_level="info",
+    )
+    answer = engine.generate(input_ids=[1] * 600, sampling_params=dict(max_new_tokens=3, ignore_eos=True))
+    info = engine.get_server_info()
+    print("ENGINE", len(answer["output_ids"]), info["misa_active_heads"], info["misa"]["pooled_keys_bytes"])
+    engine.shutdown()
+"""
+
+
+def test_engine(model, tmp_path):
+    script = tmp_path / "engine.py"
+    script.write_text(ENGINE.format(model=model))
+    result = run(sys.executable, str(script))
+    # 4096 tokens and SGLang's page of padding, 2 layers, 4 bytes a token.
+    assert f"ENGINE 3 4 {(4096 + 64) * 2 * 4}" in result.stdout, result.stderr[-3000:]

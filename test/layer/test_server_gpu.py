@@ -1,0 +1,115 @@
+"""MISA in a server on a GPU, with the kernels: selections are those defined, up to ties."""
+
+import base64
+
+import pytest
+import torch
+from checks import check_record
+from conftest import needs_gpu
+from sglang_misa.server import misa_args, serve, tokens
+
+from sglang.srt.layers.misa.config import MisaConfig
+
+pytestmark = needs_gpu
+
+LAYERS, TOPK = 3, 2048
+PROMPTS = (100, 3000, 32000)
+FAMILIES = ["deepseek_v32", "glm_moe_dsa"]
+CONFIGS = {
+    "single": MisaConfig(),
+    "hierarchical": MisaConfig(rerank_candidates=8192),
+}
+
+
+def some_rows(record, count=96):
+    """Every name in a record, with a spread of its rows: the definition routes one row at a time."""
+    rows = len(record["q"])
+    chosen = torch.linspace(0, rows - 1, min(rows, count)).long()
+    names = ("q", "weights", "lengths", "heads", "positions")
+    return {
+        name: value[chosen] if name in names and value is not None else value
+        for name, value in record.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_selects_as_defined(family, variant, tiny_model, tmp_path):
+    config = CONFIGS[variant]
+    with serve(
+        tiny_model(family, LAYERS, TOPK),
+        tmp_path,
+        *misa_args(config),
+        "--disable-cuda-graph",
+    ) as server:
+        for count in PROMPTS:
+            cold = server.generate(tokens(count), 70)
+            server.forget()
+            hit = server.generate(tokens(count), 70)
+            assert len(cold["output_ids"]) == len(hit["output_ids"]) == 70
+            assert hit["meta_info"]["cached_tokens"] == (count - 1) // 64 * 64
+            check_all(server, config)
+            server.reset()
+            server.generate(tokens(count), 2)
+            check_all(server, config)
+
+
+def check_all(server, config):
+    paths = sorted(server.capture_dir.glob("*.pt"))
+    assert paths, "the indexer recorded nothing"
+    for path in paths:
+        record = torch.load(path, map_location="cuda")
+        check_record(some_rows(record), config, TOPK, exact=False)
+
+
+def selected_positions(answer):
+    """What SGLang itself captured of a request's selections -> [tokens - 1, layers, topk]."""
+    data = base64.b64decode(answer["meta_info"]["indexer_topk"])
+    data = torch.frombuffer(bytearray(data), dtype=torch.int32)
+    return data.view(-1, LAYERS, TOPK)
+
+
+def overlap(one, other):
+    one, other = (set(x[x >= 0].tolist()) for x in (one, other))
+    return len(one & other) / len(one | other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_in_cuda_graphs(family, tiny_model, tmp_path):
+    model, prompt, outputs = tiny_model(family, LAYERS, TOPK), tokens(2300), {}
+    for name, env in (("slots", {}), ("positions", {"SGLANG_DSA_FUSE_TOPK": "false"})):
+        with serve(
+            model,
+            tmp_path / name,
+            *misa_args(MisaConfig()),
+            # The recorder sees eager calls only: prefill here, while decode runs in full graphs.
+            *("--cuda-graph-backend-prefill", "disabled"),
+            "--enable-return-indexer-topk",
+            env=env,
+        ) as server:
+            answer = server.generate(prompt, 140, return_indexer_topk=True)
+            outputs[name] = answer["output_ids"]
+            assert "cuda graph: True" in server.log.read_text()
+            whole = prompt + outputs[name]
+            # The means of the pages that were completed inside the graph, as a prefix hit finds them.
+            server.forget()
+            hit = server.generate(whole, 1)
+            assert hit["meta_info"]["cached_tokens"] == 2432
+            check_all(server, MisaConfig())
+            if name == "slots":
+                continue
+            # The embeddings are those of a cold prefill, and so are, up to rounding, the first layer's selections.
+            server.reset()
+            server.generate(whole, 1)
+            cold = {
+                length: row
+                for record in server.records()
+                if record["layer_id"] == 0
+                for length, row in zip(record["lengths"].tolist(), record["positions"])
+            }
+            graph = selected_positions(answer)
+            overlaps = [overlap(graph[n - 1, 0], cold[n]) for n in range(2301, 2440)]
+            print(f"{family}: overlap {min(overlaps):.4f} to {max(overlaps):.4f}")
+            # A wrong length or page table gives what chance gives, about 0.8.
+            assert sum(overlaps) / len(overlaps) > 0.9
+    assert outputs["slots"] == outputs["positions"]
