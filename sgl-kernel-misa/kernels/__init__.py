@@ -46,7 +46,7 @@ class Kernel:
 
     Attributes:
         build: returns the prim_func. Its own name does not matter: the table's is what is exported.
-        pass_configs: TileLang pass configs that differ from `build_kernels.PASS_CONFIGS`.
+        pass_configs: TileLang pass configs that differ from `builder.generate.PASS_CONFIGS`.
         prefers_shared: an SM gives it all shared memory that it can. A CTA does not start on an SM that divides its memory
             in another way until that SM is idle, so kernels that are to overlap divide it in the same way.
     """

@@ -3,14 +3,15 @@
 from typing import Optional, Sequence
 
 import torch
-
-PAGE_SIZE = 64
-PAGE_BYTES = 8448
-HEAD_DIM = 128
-NUM_HEADS = (32, 64)
-MAX_TOPK = 16384
-MAX_CONTEXT = 1 << 22  # positions are 22 bits of a sort key
-OUTPUTS = ("positions", "slots", "ragged")
+from sgl_kernel_misa.constants import (
+    FORMS,
+    HEAD_DIM,
+    MAX_CONTEXT,
+    MAX_TOPK,
+    NUM_HEADS,
+    PAGE_BYTES,
+    PAGE_SIZE,
+)
 
 
 def require(condition: bool, message: str) -> None:
@@ -34,18 +35,35 @@ def tensor(
 def queries(q: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor) -> None:
     tensor("q", q, torch.float8_e4m3fn, (None, None, HEAD_DIM))
     rows, num_heads, _ = q.shape
-    require(num_heads in NUM_HEADS, f"q must have 32 or 64 heads, not {num_heads}")
+    require(
+        num_heads in NUM_HEADS,
+        f"q must have {' or '.join(map(str, NUM_HEADS))} heads, not {num_heads}",
+    )
     tensor("weights", weights, torch.float32, (rows, num_heads))
     tensor("lengths", lengths, torch.int32, (rows,))
 
 
-def heads(value: Optional[torch.Tensor], q: torch.Tensor) -> None:
+def heads(
+    value: Optional[torch.Tensor],
+    q: torch.Tensor,
+    shared_q: Optional[torch.Tensor] = None,
+    shared_scale: Optional[torch.Tensor] = None,
+) -> None:
+    require(
+        (shared_q is None) == (shared_scale is None),
+        "shared_q and shared_scale come together",
+    )
+    shared = shared_q is not None
+    if shared_q is not None and shared_scale is not None:
+        tensor("shared_q", shared_q, torch.float8_e4m3fn, (q.shape[0], HEAD_DIM))
+        tensor("shared_scale", shared_scale, torch.float32, (q.shape[0],))
+        require(value is not None, "all heads leave none to share")
     if value is not None:
         tensor("heads", value, torch.int32, (q.shape[0], None))
-        count = value.shape[1]
+        least, most = (0, q.shape[1] - 1) if shared else (1, q.shape[1])
         require(
-            1 <= count <= q.shape[1],
-            f"heads must name 1 to {q.shape[1]} heads a row, not {count}",
+            least <= value.shape[1] <= most,
+            f"heads must name {least} to {most} heads a row, not {value.shape[1]}",
         )
 
 
@@ -69,13 +87,6 @@ def sequences(page_table: torch.Tensor, cu_rows: torch.Tensor) -> None:
     tensor("cu_rows", cu_rows, torch.int32, (page_table.shape[0] + 1,))
 
 
-def topk(value: int) -> None:
-    require(
-        PAGE_SIZE <= value <= MAX_TOPK and value % PAGE_SIZE == 0,
-        f"topk must be a multiple of {PAGE_SIZE} from {PAGE_SIZE} to {MAX_TOPK}, not {value}",
-    )
-
-
 def context(value: int) -> None:
     require(
         value <= MAX_CONTEXT,
@@ -83,8 +94,17 @@ def context(value: int) -> None:
     )
 
 
-def output(form: str, offsets: Optional[torch.Tensor], rows: int) -> None:
-    require(form in OUTPUTS, f"output must be one of {', '.join(OUTPUTS)}, not {form}")
-    if form == "ragged":
+def selection(
+    lengths: torch.Tensor, topk: int, output: str, offsets: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """Check how a selection is to be written; returns room for it, int32 [T, topk]."""
+    require(
+        PAGE_SIZE <= topk <= MAX_TOPK and topk % PAGE_SIZE == 0,
+        f"topk must be a multiple of {PAGE_SIZE} from {PAGE_SIZE} to {MAX_TOPK}, not {topk}",
+    )
+    require(output in FORMS, f"output must be one of {', '.join(FORMS)}, not {output}")
+    rows = lengths.shape[0]
+    if output == "ragged":
         require(offsets is not None, 'offsets are needed for output "ragged"')
         tensor("offsets", offsets, torch.int32, (rows,))
+    return lengths.new_empty(rows, topk)

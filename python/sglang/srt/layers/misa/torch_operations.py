@@ -13,6 +13,8 @@ Tensors used throughout:
     cu_rows      [B + 1]           int32           the rows of sequence b are cu_rows[b] .. cu_rows[b + 1]
     lengths      [T]               int32           tokens visible to each row
     heads        [T, h]            int32           heads that score a row's tokens, ascending; None for all
+    shared_q     [T, 128]          float8_e4m3fn   the query of a row's shared head; None where there is none
+    shared_scale [T]               float32         its scale
 
 Selections are int32 [T, topk], ascending, -1 padded, in the form `output`: "positions" in the sequence, "slots" of the
 cache, or "ragged", positions plus the row's entry of `offsets` (int32 [T]). Equal scores are broken in favour of the
@@ -25,11 +27,12 @@ from typing import Callable, Iterator, Optional, Tuple
 
 import torch
 
-from sglang.srt.layers.misa import router
+from sglang.srt.layers.misa import router, sampled_router
 from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE, read_pages
 from sglang.srt.layers.misa.reference import (
     force,
     members,
+    of_heads,
     page_means,
     token_scores,
     visible,
@@ -71,6 +74,43 @@ def route(
     return heads
 
 
+def route_sampled(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    active_heads: int,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The routed heads of each row, int32 [T, active_heads - 1], ascending, and its shared head: shared_q, shared_scale.
+
+    `active_heads` is from 1, the shared head alone, to H - 1; all heads leave nothing to share.
+    """
+    _check(q, weights, page_table, cu_rows, lengths)
+    rows, num_heads, head_dim = q.shape
+    if not 1 <= active_heads < num_heads:
+        raise ValueError(
+            f"active_heads={active_heads} is not from 1 to {num_heads - 1}"
+        )
+    heads = lengths.new_zeros(rows, active_heads - 1)
+    shared_q, shared_scale = q.new_zeros(rows, head_dim), weights.new_ones(rows)
+    bounds = cu_rows.tolist()
+    for sequence, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+        part = slice(start, stop)
+        if start < stop:
+            routed, shared_q[part], shared_scale[part] = sampled_router.route_sampled(
+                q[part],
+                weights[part],
+                index_k,
+                page_table[sequence],
+                lengths[part],
+                active_heads,
+            )
+            heads[part] = routed.int()
+    return heads, shared_q, shared_scale
+
+
 def topk_prefill(
     q: torch.Tensor,
     weights: torch.Tensor,
@@ -82,23 +122,30 @@ def topk_prefill(
     topk: int,
     *,
     max_context: Optional[int] = None,
+    shared_q: Optional[torch.Tensor] = None,
+    shared_scale: Optional[torch.Tensor] = None,
+    taken: int = 0,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """The `topk` visible positions of highest routed score; `max_context` bounds the lengths."""
+    """The `topk` visible positions of highest score by the `heads` and the shared one; `max_context` bounds the lengths.
+
+    The first `taken` <= topk columns hold the ones of the highest scores, the others the rest: ascending and -1 padded both.
+    """
     if max_context is not None and lengths.numel() and lengths.max() > max_context:
         raise ValueError(f"a row sees more than max_context={max_context} tokens")
-    routed_q, routed_weights = q, weights
+    shared = _shared(q, heads, shared_q, shared_scale)
+    scored = q, weights
     if heads is not None:
-        index = heads.long()
-        routed_q = q.float().gather(1, index[:, :, None].expand(-1, -1, q.shape[2]))
-        routed_weights = weights.gather(1, index)
+        scored = of_heads(q, weights, heads.long())
     return _select(
-        routed_q,
-        routed_weights,
+        *scored,
+        shared,
         lambda rows, tokens: visible(lengths[rows], tokens),
+        None,
+        taken,
         index_k,
         page_table,
         cu_rows,
@@ -120,6 +167,9 @@ def topk_decode(
     lengths: torch.Tensor,
     topk: int,
     *,
+    shared_q: Optional[torch.Tensor] = None,
+    shared_scale: Optional[torch.Tensor] = None,
+    taken: int = 0,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
@@ -139,6 +189,9 @@ def topk_decode(
         cu_rows * rows_per_seq,
         lengths,
         topk,
+        shared_q=shared_q,
+        shared_scale=shared_scale,
+        taken=taken,
         init_tokens=init_tokens,
         local_tokens=local_tokens,
         output=output,
@@ -196,16 +249,25 @@ def rerank(
     lengths: torch.Tensor,
     topk: int,
     *,
+    taken: int = 0,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """The `topk` best by the scores of all heads among each row's `candidates`, int32 [T, m] positions, -1 padded."""
+    """The `topk` best by the scores of all heads among each row's `candidates`, int32 [T, m] positions, -1 padded.
+
+    Those in the first `taken` <= topk columns are selected whatever they score.
+    """
+    _check_taken(taken, topk)
+    first = candidates[:, :taken].long()
     return _select(
         q,
         weights,
+        (None, None),
         lambda rows, tokens: members(candidates[rows].long(), tokens),
+        lambda rows, tokens: members(first[rows], tokens),
+        0,
         index_k,
         page_table,
         cu_rows,
@@ -220,7 +282,10 @@ def rerank(
 def _select(
     q: torch.Tensor,
     weights: torch.Tensor,
+    shared: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
     allowed: Callable[[slice, int], torch.Tensor],
+    always: Optional[Callable[[slice, int], torch.Tensor]],
+    apart: int,
     index_k: torch.Tensor,
     page_table: torch.Tensor,
     cu_rows: torch.Tensor,
@@ -230,17 +295,31 @@ def _select(
     output: str,
     offsets: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    """Score with all heads of q and select among the positions `allowed(rows, tokens)`, bool [rows, tokens]."""
+    """Score with all heads of q and select among the positions `allowed(rows, tokens)`, bool [rows, tokens].
+
+    Those that are `always(rows, tokens)` too are selected before others. The `apart` best ones have columns of their own.
+    """
     _check(q, weights, page_table, cu_rows, lengths)
+    _check_taken(apart, topk)
+    shared_q, shared_scale = shared
     selected = q.new_full((len(q), topk), -1, dtype=torch.int32)
     for sequence, rows, tokens in _chunks(q.shape[1], cu_rows, lengths):
         keys, scales = read_pages(
             index_k, page_table[sequence, : -(-tokens // PAGE_SIZE)]
         )
-        scores = token_scores(q[rows], weights[rows], keys[:tokens], scales[:tokens])
+        of_rows = [None if x is None else x[rows] for x in (shared_q, shared_scale)]
+        scores = token_scores(
+            q[rows], weights[rows], keys[:tokens], scales[:tokens], *of_rows
+        )
         scores = force(scores, lengths[rows], **forced)
+        if always is not None:
+            scores = scores.masked_fill(always(rows, tokens), float("inf"))
         mask = topk_mask(scores, allowed(rows, tokens), topk)
-        selected[rows] = positions(mask, topk)
+        if apart:
+            best = topk_mask(scores, mask, apart)
+            selected[rows, :apart] = positions(best, apart)
+            mask = mask & ~best
+        selected[rows, apart:] = positions(mask, topk - apart)
     return to_output(selected, output, page_table, cu_rows, offsets)
 
 
@@ -256,10 +335,31 @@ def _chunks(
         row_bytes = longest * _BYTES_PER_SCORE
         # The router holds three values a page and head at most.
         row_bytes += num_heads * (HEAD_DIM + 3 * (longest // PAGE_SIZE)) * 8
-        step = max(1, WORKSPACE_BYTES // row_bytes)
+        # Where no head is routed, rows that see nothing need nothing.
+        step = max(1, WORKSPACE_BYTES // max(1, row_bytes))
         for first in range(start, stop, step):
             rows = slice(first, min(first + step, stop))
             yield sequence, rows, int(lengths[rows].max())
+
+
+def _check_taken(taken: int, topk: int) -> None:
+    if not 0 <= taken <= topk:
+        raise ValueError(f"taken={taken} is not from 0 to topk={topk}")
+
+
+def _shared(q, heads, shared_q, shared_scale):
+    """shared_q and shared_scale, checked."""
+    if (shared_q is None) != (shared_scale is None):
+        raise ValueError("shared_q and shared_scale come together")
+    if shared_q is not None:
+        if heads is None:
+            raise ValueError("all heads leave none to share")
+        rows, _, head_dim = q.shape
+        _check_tensor("shared_q", shared_q, torch.float8_e4m3fn, (rows, head_dim))
+        _check_tensor("shared_scale", shared_scale, torch.float32, (rows,))
+        for name, tensor in (("shared_q", shared_q), ("shared_scale", shared_scale)):
+            _check_contiguous(name, tensor)
+    return shared_q, shared_scale
 
 
 def _check(q, weights, page_table, cu_rows, lengths) -> None:
@@ -270,13 +370,7 @@ def _check(q, weights, page_table, cu_rows, lengths) -> None:
         ("cu_rows", cu_rows, torch.int32, (None,)),
         ("lengths", lengths, torch.int32, (rows,)),
     ):
-        fits = len(shape) == tensor.ndim and all(
-            size in (None, actual) for size, actual in zip(shape, tensor.shape)
-        )
-        if tensor.dtype != dtype or not fits:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}"
-            )
+        _check_tensor(name, tensor, dtype, shape)
     for name, tensor in (
         ("q", q),
         ("weights", weights),
@@ -285,5 +379,19 @@ def _check(q, weights, page_table, cu_rows, lengths) -> None:
         # Rows of the page table may lie apart.
         ("page_table", page_table[:1]),
     ):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous")
+        _check_contiguous(name, tensor)
+
+
+def _check_tensor(name, tensor, dtype, shape) -> None:
+    fits = len(shape) == tensor.ndim and all(
+        size in (None, actual) for size, actual in zip(shape, tensor.shape)
+    )
+    if tensor.dtype != dtype or not fits:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}"
+        )
+
+
+def _check_contiguous(name, tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous")
