@@ -352,7 +352,6 @@ def build(
     find_nvcc()
     sys.path.insert(0, str(ROOT))
     import tilelang
-
     from kernels import KERNELS
 
     if tilelang.__version__ != TILELANG:

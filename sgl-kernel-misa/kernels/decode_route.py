@@ -4,7 +4,6 @@ The same heads as `pool_blocks` and `route` choose, by the same definitions; the
 """
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 
 THREADS = 256  # kThreads of decode_route.cuh

@@ -5,7 +5,6 @@ is resident as a whole, share them.
 """
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
 

@@ -6,7 +6,6 @@ is done on the lists. Where that fails, a radix selection looks at all digits of
 """
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 
 THREADS = 512  # kThreads of decode_row.cuh

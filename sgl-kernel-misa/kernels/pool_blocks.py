@@ -1,7 +1,6 @@
 """Pooled keys of the complete blocks of every sequence: means of their page means."""
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 
 GROUP = 16  # pages whose loads are under way at once

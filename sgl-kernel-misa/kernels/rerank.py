@@ -1,7 +1,6 @@
 """The second stage of hierarchical MISA: a row's candidates scored with all heads, and the best of them selected."""
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS, get_gather_keys
 

@@ -5,7 +5,6 @@ E[j] = |w[j]| / M * sum over the row's M pooled blocks of relu(q[j] . kbar[b]). 
 """
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 
 BLOCKS = 32  # pooled keys multiplied at a time: few, so that many CTAs fit on an SM

@@ -4,7 +4,6 @@ These are what the thresholds are estimated on.
 """
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 from kernels.paged_cache import PAGE_WORDS
 

@@ -7,7 +7,6 @@ order of the columns.
 """
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
 

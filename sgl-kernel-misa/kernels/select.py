@@ -7,7 +7,6 @@ digit.
 """
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS, get_gather_keys
 

@@ -1,7 +1,6 @@
 """Means of the pages that the tokens just stored have completed."""
 
 import tilelang.language as T
-
 from kernels.dimensions import dimensions
 from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
 
