@@ -38,6 +38,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         metavar="GLOB",
         help=f"what the keys look like, '*' for all: {', '.join(KEYS)}",
     )
+    add("--text", type=Path, help="for keys text, instead of Python's own reference")
     add("--heads", type=int, choices=(32, 64), help="heads in all cases")
     add("--active-heads", type=int, default=8)
     add("--block-size", type=int, default=1024, help="tokens of a pooled block")
@@ -125,7 +126,8 @@ def main() -> None:
     torch.cuda.set_device(0)
     text = None
     if "text" in args.keys:
-        text = Text.capture(max(case.rows_per_seq for case in args.cases_chosen))
+        rows = max(case.rows_per_seq for case in args.cases_chosen)
+        text = Text.capture(rows, args.text)
     if args.profile:
         for case in args.cases_chosen:
             for keys in args.keys:

@@ -30,14 +30,16 @@ class Text:
         self.heads = captured["q"].shape[3]
 
     @classmethod
-    def capture(cls, rows: int) -> "Text":
-        """From the checkpoint, with queries for up to `rows` rows at the end of a sequence."""
+    def capture(cls, rows: int, text: Path | None = None) -> "Text":
+        """From the checkpoint, with queries for up to `rows` rows at the end of a sequence; of a file if one is named."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text.pt"
             command = [sys.executable, "-m", "mini_dsa.index_inputs", str(path)]
             sizes = {"windows": WINDOWS, "tokens": TOKENS, "rows": rows}
             for name, size in sizes.items():
                 command += [f"--{name}", str(size)]
+            if text is not None:
+                command += ["--text", str(text.resolve())]
             # In a process of its own: its package lies in scripts/, and its memory is free again afterwards.
             subprocess.run(command, cwd=SCRIPTS, check=True)
             return cls(torch.load(path))
