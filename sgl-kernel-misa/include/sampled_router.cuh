@@ -77,6 +77,16 @@ __device__ __forceinline__ void fit_line(Moments sums, int n, float weight, floa
   estimate = fabsf(weight) * (sqrtf(fmaxf((float)rest, 0.f)) / (float)n);
 }
 
+// The power of two that takes the largest scale of a row's samples to 1 .. 2, so that no square overflows: slopes do not depend on
+// it, and the order of the estimates does not either. Every lane of a warp must call this.
+__device__ __forceinline__ float common_scale(const float* scales, int n) {
+  float largest = 0.f;
+#pragma unroll
+  for (int i = threadIdx.x % 32; i < kSamples; i += 32) largest = fmaxf(largest, i < n ? scales[i] : 0.f);
+  const int exponent = (int)(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)) >> 23);  // biased; scales are positive
+  return __uint_as_float((unsigned)(254 - min(max(exponent, 1), 253)) << 23);
+}
+
 // The slopes of HEADS heads, and their estimates as keys (`head_key`), from an m64 accumulator of their dot products with the
 // samples, of which the row has n.
 // A NaN or the product of a sample that the row does not have counts as nothing.
@@ -84,13 +94,14 @@ template <int HEADS>
 __device__ __forceinline__ void fit_lines(const float* acc, const float* scales, int n, const float* weights, float* slopes,
                                           unsigned* ranked) {
   const int lane = threadIdx.x % 32;
+  const float common = common_scale(scales, n);
   Moments sums[2] = {};
 #pragma unroll
   for (int i = 0; i < kSamples / 8; ++i) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       const int sample = i * 8 + lane % 4 * 2 + b;
-      const float scale = sample < n ? scales[sample] : 0.f;
+      const float scale = sample < n ? scales[sample] * common : 0.f;
 #pragma unroll
       for (int rr = 0; rr < 2; ++rr) {
         const float x = scale * acc[i * 4 + rr * 2 + b], r = fmaxf(x, 0.f), m = fminf(x, 0.f);
