@@ -66,15 +66,20 @@ class Call:
             "local_tokens": self.indexer.num_local_tokens,
         }
 
+    @property
+    def pooled_keys(self) -> torch.Tensor:
+        """The layer's page means."""
+        pool = get_token_to_kv_pool()
+        return pool.misa_pooled_keys.layers[self.layer_id - pool.start_layer]
+
     def tensors(self, rows: int) -> Dict[str, torch.Tensor]:
         """The tensors that `MisaIndexer.select` takes, of the first `rows` rows."""
         pool = get_token_to_kv_pool()
-        layer = self.layer_id - pool.start_layer
         return {
             "q": self.q[:rows],
             "weights": self.weights[:rows].squeeze(-1),
             "index_k": pool.get_index_k_with_scale_buffer(self.layer_id),
-            "pooled_keys": pool.misa_pooled_keys.layers[layer],
+            "pooled_keys": self.pooled_keys,
         }
 
 

@@ -42,12 +42,12 @@ class MisaArguments:
     ] = 8
     misa_block_size: A[
         int,
-        "Tokens in a block of pooled keys that the router looks at. A multiple of 64 up to 4194304.",
+        f"Tokens in a block of pooled keys that the router looks at. A multiple of 64 up to {MAX_CONTEXT}.",
         NS("exec.kernel"),
     ] = 1024
     misa_rerank_candidates: A[
         int,
-        "Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most 4194304, and on a GPU a multiple of 64 up to 16384.",
+        f"Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most {MAX_CONTEXT}, and on a GPU a multiple of 64 up to 16384.",
         NS("exec.kernel"),
     ] = 0
     misa_min_context: A[
@@ -77,7 +77,7 @@ def with_misa(base: type) -> type:
 def _restored(base: type, state: dict) -> MisaArguments:
     """Arguments from a pickle or a copy: a class that `with_misa` made has no name to be found by."""
     # They reach a scheduler before it loads its plugins; from here on it must not do without this one.
-    process.requires_misa = state["enable_misa"]
+    process.requires_misa |= state["enable_misa"]
     args = object.__new__(with_misa(base))
     args.__dict__.update(state)
     return args

@@ -94,7 +94,7 @@ class Recording:
             return original(call, config, batch, output, offsets)
         # A record holds positions.
         selection = original(call, config, batch, "positions", None)
-        self._record(call, batch, selection, call.tensors(0)["pooled_keys"])
+        self._record(call, batch, selection, call.pooled_keys)
         indices = to_output(
             selection.indices, output, batch.page_table, batch.cu_rows, offsets
         )
