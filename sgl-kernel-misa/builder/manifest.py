@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import tilelang
 
-from builder import INCLUDE, ROOT, Architecture
+from builder import INCLUDE, LIB, ROOT, Architecture
 from builder.compile import digest, digest_file, nvcc_version
 
 
@@ -34,11 +34,12 @@ def entry(
 
 
 def sources_digest() -> str:
-    """A hash of the kernels, their headers and the builder: the library is up to date if its manifest has the same."""
+    """A hash of the kernels, their headers and constants and the builder: the library is up to date if its manifest has the same."""
     files = [
         *(ROOT / "builder").rglob("*.py"),
         *(ROOT / "kernels").rglob("*.py"),
         *INCLUDE.rglob("*.cuh"),
+        LIB.parent / "constants.py",
     ]
     lines = [
         f"{path.relative_to(ROOT).as_posix()} {digest_file(path)}" for path in files

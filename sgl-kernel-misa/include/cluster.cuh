@@ -1,13 +1,18 @@
-// What the thread blocks of a cluster exchange through distributed shared memory.
+// What the CTAs of a cluster exchange through distributed shared memory.
+//
+// Why this is CUDA: TileLang 0.1.11 has no load of a number from another CTA's shared memory and no store that completes there on
+// an mbarrier; its barrier of a cluster lets the compiler move accesses across.
 #pragma once
 
 #include <cstdint>
 
 namespace misa {
 
-// A barrier of all threads of a cluster, in two halves: what a block wrote to its own shared memory before the first may be
-// read by the others after the second. The fences are restricted to shared memory: a full one waits for global memory.
-// (TileLang's own barrier let the compiler move accesses across.)
+// The split barrier of all threads of a cluster: `cluster_arrive`, then `cluster_wait`. What a CTA wrote to its own shared memory
+// before it arrived may be read by the others once they have waited. What need not wait is done between the two: a CTA that has
+// read all it reads of others arrives, goes on, and waits only before it overwrites what they may still read, or ends. Every
+// thread calls them in turn, one wait for each arrival, in all CTAs alike. The fences are restricted to shared memory: a full one
+// waits for global memory.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -18,7 +23,7 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 }
 
-// A barrier of all threads of the RANKS blocks of a cluster, or of one block by itself.
+// A barrier of all threads of the RANKS CTAs of a cluster, or of one CTA by itself.
 template <int RANKS>
 __device__ __forceinline__ void sync_ranks() {
   if constexpr (RANKS == 1) {
@@ -29,7 +34,7 @@ __device__ __forceinline__ void sync_ranks() {
   }
 }
 
-// Where another block of the cluster has what `address` is in this block's shared memory. It must have started (a barrier of
+// Where another CTA of the cluster has what `address` is in this CTA's shared memory. It must have started (a barrier of
 // the cluster says so), and must not end before it was read.
 __device__ __forceinline__ unsigned peer_address(const void* address, int rank) {
   unsigned peer;
@@ -60,7 +65,7 @@ __device__ __forceinline__ int4 load_peer4(const int* address, int rank) {
   return value;
 }
 
-// A mailbox is written by other blocks with `send`, and read after `receive` for all that is due, once in a kernel. One thread
+// A mailbox is written by other CTAs with `send`, and read after `receive` for all that is due, once in a kernel. One thread
 // prepares it, before a barrier of the cluster.
 __device__ __forceinline__ void prepare_mailbox(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");

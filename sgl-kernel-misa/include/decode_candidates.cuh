@@ -1,4 +1,5 @@
-// Selection among the few tokens of a row that a bound leaves over: its candidates.
+// Selection among the few tokens of a row that a bound leaves over: its candidates. Why this is CUDA: see
+// decode_row.cuh.
 #pragma once
 
 #include "decode_row.cuh"
@@ -10,8 +11,9 @@ constexpr int kWarpTokens = kLoads * 4 * 32;  // tokens that a warp holds
 constexpr int kRowSamples = 2 * kThreads;     // scores that bound the k-th one from below
 constexpr int kFewSamples = 8;                // in the bin that holds the bound
 constexpr int kContenders = kThreads;         // scores of a bin that are compared one with another
-constexpr int kCandidates = 6144;             // tokens over the bound that a block lists
+constexpr int kCandidates = 6144;             // tokens over the bound that a CTA lists
 constexpr int kTooMany = 1 << 24;             // stands for more than that in a histogram
+static_assert(kTooMany > kMaxContext && kTooMany <= (1 << 30) / 8, "no row has so many, and eight of them are an int");
 
 // Begins to load the scores of a batch, four adjacent ones a lane and load; NaN past the end, but for the rest of a load. They
 // may have been written while this kernel ran already, so they are read through L2.
@@ -63,7 +65,7 @@ __device__ __forceinline__ int even_bin(float score, float low, float scale) {
   return at < BINS - 1 ? max((int)at, 0) : BINS - 1;
 }
 
-// About the `need`-th score of a sample of the row, two scores a thread; every block finds the same. bins: kBins that are clear.
+// About the `need`-th score of a sample of the row, two scores a thread; every CTA finds the same. bins: kBins that are clear.
 __device__ __forceinline__ Bound bound_from_below(const unsigned (&sample)[2], int need, int* bins, int* scratch) {
   // Forced tokens, of infinite score, would take the room of all others.
   const auto finite = [](unsigned key) { return key < kInfinity ? key : 0; };
@@ -143,7 +145,7 @@ __device__ __forceinline__ void for_each_group(unsigned mask, Write write) {
   }
 }
 
-// Lists a block's tokens whose scores reach `low`, in their order: (score, position). Returns how many there are; if these are
+// Lists a CTA's tokens whose scores reach `low`, in their order: (score, position). Returns how many there are; if these are
 // more than kCandidates, none is listed. scores: the first batch of the part; if it is HELD the part has no other. Ends with a
 // barrier.
 template <bool HELD>
@@ -213,11 +215,20 @@ __device__ __forceinline__ int position_of_tie(const uint2* list, int count, uns
   return scratch[kResult];
 }
 
-// The cut between a row's topk best and the others, among the listed candidates: `count` of this block, all tokens whose scores
-// reach the bound. Histograms, each of the bin of the one before that holds the k-th entry, until that is one
-// of a few, or of many of the same score. False if there are fewer than topk candidates, or too many in a block to be listed.
-// bins: kBins, and twice kFineBins that are clear. before: how many tokens are selected in the blocks of lower rank. The blocks
+// The cut between a row's topk best and the others, among the listed candidates: `count` of this CTA, all tokens whose scores
+// reach the bound. False if there are fewer than topk candidates, or too many in a CTA to be listed.
+// bins: kBins, and twice kFineBins that are clear. before: how many tokens are selected in the CTAs of lower rank. The CTAs
 // leave with a cluster barrier arrived at and not waited for, if they are several.
+//
+// 1. Count the candidates whose keys lie in low .. low + span into a histogram, all CTAs together: at first all candidates,
+//    evenly by their scores; if too many meet in the bin that holds the k-th one, all once more by the bits of their keys.
+// 2. Go into that bin: the candidates above it are selected. Repeat from 1 with its keys until it holds few candidates, or one key.
+// 3. One key, many candidates: the lower positions are selected, which are those of the lower ranks.
+// 4. Few candidates: every CTA gets all of them, and compares each with each.
+//
+// The invariant of the loop: all candidates above low + span are selected, `before` of them in the CTAs of lower rank, and of those
+// in low .. low + span the `need` best; the row's k-th entry is the last of these. `fine` is clear when the counting begins. `other`,
+// which was counted into before, is cleared behind the barrier at which all have counted into `fine`: then none still reads it.
 template <int RANKS>
 __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, const Bound& bound, int topk, int rank, int* bins,
                                                int* scratch, Cut& cut, int& before) {
@@ -237,13 +248,14 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, con
   before = 0;
 #pragma unroll 1
   while (true) {
+    // 1. Count.
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const unsigned over = ordered(__uint_as_float(list[i].x)) - low;
       if (over <= span) atomicAdd(&fine[even ? even_bin_of(list[i].x) : min(over >> shift, kFineBins - 1u)], 1);
     }
     sync_ranks<RANKS>();
-    other[threadIdx.x] = 0;  // no block still reads the histogram before this one
+    other[threadIdx.x] = 0;
     const int total = find_bin_of_all<RANKS, kFineBins>(fine, need, rank, scratch, bin);
     if (total < need || total >= kTooMany) {
       if (RANKS > 1) cluster_arrive();
@@ -256,6 +268,7 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, con
       fine = next;
       continue;
     }
+    // 2. Go into the bin.
     need -= bin.above;
     before += bin.earlier_above;
     if (even) break;
@@ -268,17 +281,18 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, con
     other = fine;
     fine = next;
   }
-  if (RANKS > 1) cluster_arrive();  // the other blocks' histograms were read
+  if (RANKS > 1) cluster_arrive();  // the other CTAs' histograms were read
 
+  // 3. All of one score: those of the lower ranks come first.
   if (bin.count > kContenders) {
-    // All of one score: those of the lower ranks come first.
     before += min(need, bin.earlier);
     need -= bin.earlier;
     cut = {low, need > 0 ? position_of_tie(list, count, low, need, scratch) : -1};
     return true;
   }
 
-  // The k-th entry is one of a few: each block shows its own to all, in a place of their list that is its own.
+  // 4. The k-th entry is one of a few: each CTA shows its own to all, in a place of their list that is its own. The mailbox says
+  // when all have come, so this needs no barrier of the cluster.
   unsigned long long* const contenders = reinterpret_cast<unsigned long long*>(bins);  // the sample's bins are done with
   static_assert(kContenders * sizeof(*contenders) <= kBins * sizeof(int), "they lie there");
 #pragma unroll 1
@@ -315,7 +329,7 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, con
   return true;
 }
 
-// Writes the selected ones of a block's candidates behind the `before` tokens of the blocks of lower rank.
+// Writes the selected ones of a CTA's candidates behind the `before` tokens of the CTAs of lower rank.
 __device__ __forceinline__ void emit_candidates(const uint2* list, int count, const Cut& cut, int before, int form,
                                                 const int* pages, int offset, int* counts, int* out) {
   constexpr int kAtOnce = 4;  // groups of 32, so that the loads of the page table wait together

@@ -1,4 +1,5 @@
-// Selection from a row whatever its scores are: by the digits of all of them.
+// Selection from a row whatever its scores are: by the digits of all of them. Why this is CUDA: see
+// decode_row.cuh.
 #pragma once
 
 #include "decode_row.cuh"
@@ -22,7 +23,7 @@ __device__ __forceinline__ void for_each_load(const Part& part, Visit visit) {
   }
 }
 
-// One digit of the radix selection by all blocks that share a row. bins: two histograms of this block, of which the digit's
+// One digit of the radix selection by all CTAs that share a row. bins: two histograms of this CTA, of which the digit's
 // own is clear. Every thread returns with the same state; returns whether the selection is known.
 template <int RANKS, int DIGIT>
 __device__ __forceinline__ bool select_digit(const Part& part, int rank, int* bins, int* scratch, RadixState& state) {
@@ -38,7 +39,7 @@ __device__ __forceinline__ bool select_digit(const Part& part, int rank, int* bi
     }
   });
   sync_ranks<RANKS>();
-  // All blocks have counted this digit, so none still reads the histogram of the digit before.
+  // All CTAs have counted this digit, so none still reads the histogram of the digit before.
   clear_bins<kThreads>(bins + (DIGIT + 1) % 2 * kBins);
   Bin bin;
   find_bin_of_all<RANKS, kBins>(mine, state.need, rank, scratch, bin);
@@ -49,8 +50,8 @@ __device__ __forceinline__ bool select_digit(const Part& part, int rank, int* bi
   return state.done;
 }
 
-// The cut whatever the scores are: up to five digits, each counted over all tokens. bins: two histograms, which other blocks may
-// still read: they have arrived at a barrier of the cluster, or will.
+// The cut whatever the scores are: up to five digits, each counted over all tokens. bins: two histograms, which other CTAs may
+// still read: they have arrived at a barrier of the cluster, or will, and here it is waited for.
 template <int RANKS>
 __device__ __forceinline__ Cut cut_by_radix(const Part& part, int topk, int rank, int* bins, int* scratch) {
   RadixState state = {0ull, kPositionBits + 32, topk, 0};
@@ -65,7 +66,7 @@ __device__ __forceinline__ Cut cut_by_radix(const Part& part, int topk, int rank
   return {(unsigned)(least >> kPositionBits), (int)(kLastPosition - ((unsigned)least & kLastPosition))};
 }
 
-// Writes the selected tokens of a part. counts: one for every warp, and one more. The blocks leave with a cluster barrier arrived
+// Writes the selected tokens of a part. counts: one for every warp, and one more. The CTAs leave with a cluster barrier arrived
 // at and not waited for, if they are several.
 template <int RANKS>
 __device__ __forceinline__ void emit_selected(const Part& part, const Cut& cut, int rank, int form, const int* pages, int offset,

@@ -1,4 +1,7 @@
-// The router of decode: the heads of the few rows of a sequence, by the thread blocks of a cluster.
+// The router of decode: the heads of the few rows of a sequence, by the CTAs of a cluster.
+//
+// Why this is CUDA: the CTAs add up single numbers of each other's shared memory, which TileLang 0.1.11 cannot load, and numbers
+// are widened by their bits (`add_pair`, `widen`), where TileLang's conversions take the time of the kernel.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +10,7 @@
 
 #include "cluster.cuh"
 #include "gather.cuh"
+#include "layout.cuh"
 #include "route.cuh"
 
 namespace misa {
@@ -15,7 +19,6 @@ constexpr int kThreads = 256;
 constexpr int kTile = kThreads / 16;  // pooled keys at a time: 16 threads average one
 constexpr int kGroup = 16;            // pages of a pooled key whose means are under way at once
 constexpr int kKeyBytes = 320;        // from one pooled key to the next: so the tensor cores' operands meet no bank conflict
-constexpr int kMaxRows = 4;
 
 // The pooled keys of a sequence: those of its complete blocks, then for every row that of the partial block at its end.
 struct Blocks {
@@ -137,10 +140,13 @@ __device__ __forceinline__ void multiply_tile(const char* heads, const char* poo
 
 // Writes the heads of a sequence's rows. q, weights, lengths, out: of its first row; pages: its row of the page table, of
 // max_pages columns. Shared memory: q_shared, kMaxRows * HEADS * 128 bytes; k_shared, kTile * kKeyBytes; sees, 2 * kTile;
-// sums, kMaxRows * HEADS of every block; keys, kMaxRows * HEADS; votes, 2 * kMaxRows.
+// sums, kMaxRows * HEADS of every CTA; keys, kMaxRows * HEADS; votes, 2 * kMaxRows.
 //
-// The pooled keys are dealt to the blocks one by one. Each adds up relu(q . k) of its own; row r's sums come together in block
-// r % RANKS, in the order of the blocks.
+// The pooled keys are dealt to the CTAs one by one.
+// 1. A CTA averages a tile of its own at a time and adds up relu(q . k) of it, for all rows. Of the two barriers in the loop the
+//    first guards the tile and `sees` until they are written, the second until they are read.
+// 2. Row r's sums come together in CTA r % RANKS, in the order of the CTAs: behind a barrier of the cluster.
+// 3. That CTA picks the row's heads.
 template <int HEADS, int RANKS>
 __device__ __forceinline__ void route_sequence(const void* q, const float* weights, const void* page_means, const int* pages,
                                                const int* lengths, int rows, int max_pages, int block_pages, int active_heads,
@@ -205,7 +211,7 @@ __device__ __forceinline__ void route_sequence(const void* q, const float* weigh
       if (tid % 4 == 0) sums[(i * (kThreads / 32) + warp) * 16 + tid % 32 / 4 + rr * 8] = sum;
     }
   }
-  sync_ranks<RANKS>();
+  sync_ranks<RANKS>();  // all CTAs' sums are written
 
   if (my_row < rows) {
     float sum = 0.f;
@@ -214,12 +220,12 @@ __device__ __forceinline__ void route_sequence(const void* q, const float* weigh
     const int count = (lengths[my_row] / kPage + block_pages - 1) / block_pages;
     keys[tid] = head_key(count > 0 ? weight * sum / (float)count : 0.f);
   }
-  if (RANKS > 1) cluster_arrive();
-  __syncthreads();
+  if (RANKS > 1) cluster_arrive();  // the other CTAs' sums were read
+  __syncthreads();                  // the keys are written
   for (int i = 0; i * RANKS + rank < rows; ++i) {
     pick_heads(keys + i * HEADS, HEADS, active_heads, votes + i * 2, out + (i * RANKS + rank) * active_heads);
   }
-  if (RANKS > 1) cluster_wait();  // a block's shared memory is there until no other reads it
+  if (RANKS > 1) cluster_wait();  // no other CTA still reads this one's sums
 }
 
 }  // namespace misa

@@ -1,9 +1,12 @@
-// What the blocks of `decode_select` know of a row and exchange about it.
+// What the CTAs of `decode_select` know of a row and exchange about it.
+//
+// Why this and what includes it is CUDA: the CTAs exchange single numbers through distributed shared memory, which TileLang 0.1.11
+// cannot load, and the selection also compiles for a CPU, where the tests' emulator runs it.
 #pragma once
 
 #include <cstdint>
 
-#include "block.cuh"
+#include "cta.cuh"
 #include "cluster.cuh"
 
 namespace misa {
@@ -11,10 +14,10 @@ namespace misa {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kFineBins = kThreads;  // of the histograms of candidates
-constexpr unsigned kLastPosition = 0x3fffffu;
 
-// Places in a block's 64 ints of scratch, after two for every warp.
+// Places in a CTA's ints of scratch, after two for every warp.
 constexpr int kFound = 2 * kWarps, kListed = kFound + 6, kResult = kFound + 8, kMailbox = kFound + 10;
+static_assert(kMailbox + 2 <= kScratch, "they fit");
 
 __device__ __forceinline__ uint64_t* mailbox(int* scratch) { return reinterpret_cast<uint64_t*>(scratch + kMailbox); }
 
@@ -37,7 +40,7 @@ struct Part {
 // The first token of this lane in a batch that begins with token `first`: its others are 1, 2, 3, 128, 129, ... further on.
 __device__ __forceinline__ int token_of_lane(int first) { return first + threadIdx.x % 32 * 4; }
 
-// A bin of a histogram. earlier: of the blocks of lower rank only.
+// A bin of a histogram. earlier: of the CTAs of lower rank only.
 struct Bin {
   int index;
   int above, count;  // entries in the bins above, and in it
@@ -51,7 +54,7 @@ __device__ __forceinline__ int sum_of_warps_before(const int* values, int& total
   return __reduce_add_sync(0xffffffffu, lane < threadIdx.x / 32 ? value : 0);
 }
 
-// Finds the bin that holds the `need`-th largest entry of the sum of all blocks' histograms. A barrier of the blocks comes
+// Finds the bin that holds the `need`-th largest entry of the sum of all CTAs' histograms. A barrier of the CTAs comes
 // before. Returns the number of entries; if it is less than `need` there is no such bin.
 template <int RANKS, int BINS>
 __device__ __forceinline__ int find_bin_of_all(const int* bins, int need, int rank, int* scratch, Bin& found) {

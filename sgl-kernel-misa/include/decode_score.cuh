@@ -1,21 +1,26 @@
-// How the blocks of `decode_score` share the pages of a batch, and what they do with a page's scores.
+// The page scheduler of `decode_score`, and what it does with a page's scores.
+//
+// Why this is CUDA: the scheduler is a struct in registers and a loop of votes, which TileLang has no functions for. What is loaded
+// from shared memory is loaded by volatile instructions, because TileLang's waits for an mbarrier do not tell the compiler that memory
+// is accessed: it might load before. The queries are copied asynchronously, each from where its head is.
 #pragma once
 
+#include <cstddef>
+
 #include "barrier.cuh"
-#include "block.cuh"
+#include "cta.cuh"
 #include "gather.cuh"
 
 namespace misa {
 
-constexpr int kMaxRows = 4;     // of a sequence
 constexpr int kChunk = 4;       // pages that are dealt out at a time
 constexpr int kShareDealt = 8;  // of all pages the last 1 / 8 are dealt out
-constexpr int kFewPages = 32;   // a block: with fewer none are
+constexpr int kFewPages = 32;   // a CTA: with fewer none are
 
-// A block's way through the pages of a batch. The pages of all sequences that need a selection lie end to end. Every block takes
-// an equal part of the first of them, and the last ones are dealt out to those that are ready for more: no SM is as fast as the
-// others, or is free as early. A segment is what a block takes of one sequence at a time.
-struct Walk {
+// The page scheduler of a CTA. The pages of all sequences that need a selection lie end to end. Every CTA takes an equal part of the
+// first of them. The last ones are dealt out, kChunk pages a ticket, to those that are ready for more: no SM is as fast as the
+// others, or is free as early. A segment is what a CTA takes of one sequence at a time.
+struct PageScheduler {
   int sequence;
   int page;     // of the sequence
   int left;     // pages of the segment after this one
@@ -24,12 +29,15 @@ struct Walk {
   int next;     // page of the batch after the segment
   int end;      // page of the batch after those taken
   int fetched;  // this lane's of the pages that are fetched 32 at a time
-  int asked;    // lane 0: what the last question has brought, pages after `dealt`; -1 before the first one
+  int ticket;   // lane 0: the next one, in pages after `dealt`; -1 before the first was drawn
   int dealt;    // page of the batch from which on they are dealt out
   int all;      // pages of the batch
 };
 
-static_assert(sizeof(Walk) == 11 * sizeof(int), "the kernel sets 11 ints aside");
+// Ints that the kernel sets aside for it, and the places of those that the kernel reads.
+constexpr int kSchedulerInts = sizeof(PageScheduler) / sizeof(int);
+constexpr int kSequence = offsetof(PageScheduler, sequence) / sizeof(int), kSequencePage = offsetof(PageScheduler, page) / sizeof(int);
+constexpr int kLeft = offsetof(PageScheduler, left) / sizeof(int), kSegment = offsetof(PageScheduler, segment) / sizeof(int);
 
 // Pages of a sequence that are scored: none if all its rows see at most topk tokens.
 __device__ __forceinline__ int scored_pages(const int* lengths, int sequence, int rows_per_seq, int topk) {
@@ -39,64 +47,64 @@ __device__ __forceinline__ int scored_pages(const int* lengths, int sequence, in
 }
 
 // As with the others here, every lane of a warp must call it.
-__device__ __forceinline__ void walk_begin(int* walk, const int* lengths, int batch, int rows_per_seq, int topk, int block,
-                                           int blocks) {
+__device__ __forceinline__ void scheduler_begin(int* scheduler, const int* lengths, int batch, int rows_per_seq, int topk,
+                                                int cta, int ctas) {
   int all = 0;
   for (int i = threadIdx.x & 31; i < batch; i += 32) all += scored_pages(lengths, i, rows_per_seq, topk);
   all = __reduce_add_sync(0xffffffffu, all);
-  const int dealt = all - (all < blocks * kFewPages ? 0 : all / kShareDealt);
-  const int share = dealt / blocks, rest = dealt % blocks;  // the first `rest` blocks take one page more
-  const int begin = block * share + min(block, rest), end = begin + share + (block < rest);
-  *reinterpret_cast<Walk*>(walk) = {0, 0, 0, 0, 0, begin, end, 0, -1, dealt, all};
+  const int dealt = all - (all < ctas * kFewPages ? 0 : all / kShareDealt);
+  const int share = dealt / ctas, rest = dealt % ctas;  // the first `rest` CTAs take one page more
+  const int begin = cta * share + min(cta, rest), end = begin + share + (cta < rest);
+  *reinterpret_cast<PageScheduler*>(scheduler) = {0, 0, 0, 0, 0, begin, end, 0, -1, dealt, all};
 }
 
-// Goes to the block's next page and returns its place in the cache, or -1 if there is none. dealt: pages that were dealt out,
+// Goes to the CTA's next page and returns its place in the cache, or -1 if there is none. dealt: pages whose tickets were drawn,
 // which is 0 when the kernel before this one ends.
-__device__ __forceinline__ int walk_to_page(int* walk_, const int* lengths, int batch, int rows_per_seq, int topk,
-                                            const int* page_table, int table_stride, int* dealt) {
-  Walk& walk = *reinterpret_cast<Walk*>(walk_);
+__device__ __forceinline__ int next_page(int* scheduler, const int* lengths, int batch, int rows_per_seq, int topk,
+                                         const int* page_table, int table_stride, int* dealt) {
+  PageScheduler& at = *reinterpret_cast<PageScheduler*>(scheduler);
   const int lane = threadIdx.x & 31;
-  if (walk.left > 0) {
-    --walk.left;
-    ++walk.page;
+  if (at.left > 0) {
+    --at.left;
+    ++at.page;
   } else {
-    if (walk.next == walk.end) {
-      if (walk.dealt == walk.all) return -1;
-      if (__shfl_sync(0xffffffffu, walk.asked, 0) < 0) {
+    if (at.next == at.end) {
+      if (at.dealt == at.all) return -1;
+      if (__shfl_sync(0xffffffffu, at.ticket, 0) < 0) {
         cudaGridDependencySynchronize();
-        if (lane == 0) walk.asked = atomicAdd(dealt, kChunk);
+        if (lane == 0) at.ticket = atomicAdd(dealt, kChunk);
       }
-      walk.next = walk.dealt + __shfl_sync(0xffffffffu, walk.asked, 0);
-      if (walk.next >= walk.all) return -1;
-      walk.end = min(walk.next + kChunk, walk.all);
-      if (lane == 0) walk.asked = atomicAdd(dealt, kChunk);  // for the next time: the answer takes a while
+      at.next = at.dealt + __shfl_sync(0xffffffffu, at.ticket, 0);
+      if (at.next >= at.all) return -1;
+      at.end = min(at.next + kChunk, at.all);
+      if (lane == 0) at.ticket = atomicAdd(dealt, kChunk);  // for the next time: the answer takes a while
     }
     // The sequence that holds page `next` of the batch is this one or a later one: 32 of them at a time.
     int pages = 0;
     while (true) {
-      const int mine = walk.sequence + lane;
+      const int mine = at.sequence + lane;
       pages = mine < batch ? scored_pages(lengths, mine, rows_per_seq, topk) : 0;
-      const int after = walk.first + warp_inclusive_scan(pages);
-      const unsigned holds = __ballot_sync(0xffffffffu, after > walk.next);
+      const int after = at.first + warp_inclusive_scan(pages);
+      const unsigned holds = __ballot_sync(0xffffffffu, after > at.next);
       const int lane_of = holds ? __ffs(holds) - 1 : 31;
-      walk.first = __shfl_sync(0xffffffffu, holds ? after - pages : after, lane_of);
+      at.first = __shfl_sync(0xffffffffu, holds ? after - pages : after, lane_of);
       pages = __shfl_sync(0xffffffffu, pages, lane_of);
-      walk.sequence += holds ? lane_of : 32;
+      at.sequence += holds ? lane_of : 32;
       if (holds) break;
     }
-    walk.page = walk.next - walk.first;
-    walk.segment = min(walk.end - walk.next, pages - walk.page);
-    walk.left = walk.segment - 1;
-    walk.next += walk.segment;
+    at.page = at.next - at.first;
+    at.segment = min(at.end - at.next, pages - at.page);
+    at.left = at.segment - 1;
+    at.next += at.segment;
   }
-  const int at = walk.segment - 1 - walk.left;
-  if (at % 32 == 0 && lane <= walk.left) {
-    walk.fetched = page_table[(long long)walk.sequence * table_stride + walk.page + lane];
+  const int done = at.segment - 1 - at.left;  // pages of the segment before this one
+  if (done % 32 == 0 && lane <= at.left) {
+    at.fetched = page_table[(long long)at.sequence * table_stride + at.page + lane];
   }
-  return __shfl_sync(0xffffffffu, walk.fetched, at % 32);
+  return __shfl_sync(0xffffffffu, at.fetched, done % 32);
 }
 
-// Three numbers for other warps, that they read behind a barrier.
+// A note: three numbers for other warps, which read them behind an mbarrier.
 __device__ __forceinline__ void write_note(int* note, int first, int second, int third) {
   if (threadIdx.x % 32 == 0) *reinterpret_cast<int4*>(note) = make_int4(first, second, third, 0);
 }

@@ -1,4 +1,4 @@
-// Exact selection of a row's top k from its scores, by the thread blocks of a cluster.
+// Exact selection of a row's top k from its scores, by the CTAs of a cluster. Why this is CUDA: see decode_row.cuh.
 #pragma once
 
 #include "decode_candidates.cuh"
@@ -6,9 +6,9 @@
 
 namespace misa {
 
-constexpr int kAlone = 8192;  // tokens of a row that one block selects from by itself
+constexpr int kAlone = 8192;  // tokens of a row that one CTA selects from by itself
 
-// Selects from a row that RANKS blocks share. need_of_sample: see `bound_from_below`; HELD, list: see `list_candidates`.
+// Selects from a row that RANKS CTAs share. need_of_sample: see `bound_from_below`; HELD, list: see `list_candidates`.
 template <int RANKS, bool HELD>
 __device__ __forceinline__ void select_shared(const Part& part, int length, int topk, int need_of_sample, int rank, int form,
                                               const int* pages, int offset, uint2* list, int* bins, int* scratch, int* out) {
@@ -29,10 +29,10 @@ __device__ __forceinline__ void select_shared(const Part& part, int length, int 
   } else {
     select_by_radix<RANKS>(part, topk, rank, form, pages, offset, bins, scratch, out);
   }
-  if (RANKS > 1) cluster_wait();  // a block's shared memory is there until no other reads it
+  if (RANKS > 1) cluster_wait();  // for the arrival above: no other CTA still reads this one's shared memory
 }
 
-// Selects the topk of a row of length > topk; every thread of the cluster must call this. The blocks take contiguous shares
+// Selects the topk of a row of length > topk; every thread of the cluster must call this. The CTAs take contiguous shares
 // of the tokens, the first one all of a short row, and so do their warps; what a warp can hold it keeps in registers.
 // row_scores: 16-byte aligned, with room up to a multiple of 4. list: kCandidates; bins: 2 * kBins, 16-byte aligned; scratch: 64.
 //

@@ -1,8 +1,12 @@
 // Listed tokens of a sequence, and their keys: from the paged cache to shared memory.
+//
+// Why this is CUDA: TileLang gathers through registers, and waits for them before it multiplies; with asynchronous copies
+// the next tile is under way meanwhile.
 #pragma once
 
 #include "barrier.cuh"
-#include "block.cuh"
+#include "cta.cuh"
+#include "layout.cuh"
 
 namespace misa {
 
@@ -16,10 +20,10 @@ __device__ __forceinline__ void cp_async_4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
 }
 
-// Bytes from the first key, and from the first scale, of the cache: a page of 64 tokens is 64 * 132 bytes, keys before scales.
-// So written, each is two multiplications and no division.
-__device__ __forceinline__ long long key_offset(unsigned slot) { return (long long)slot * 132 - slot % kPage * 4; }
-__device__ __forceinline__ long long scale_offset(unsigned slot) { return (long long)slot * 132 - slot % kPage * 128; }
+// Bytes from the first key, and from the first scale, of the cache, whose pages hold keys before scales. So written, each is two
+// multiplications and no division.
+__device__ __forceinline__ long long key_offset(unsigned slot) { return (long long)slot * kTokenBytes - slot % kPage * 4; }
+__device__ __forceinline__ long long scale_offset(unsigned slot) { return (long long)slot * kTokenBytes - slot % kPage * kHeadDim; }
 
 // Slots are listed in tiles: the last one is filled up with the last slot. Returns after a barrier.
 template <int THREADS, int TILE>
@@ -32,9 +36,7 @@ __device__ __forceinline__ void fill_last_tile(unsigned* slots, int count) {
 
 // Begins to copy the keys and scales of the tile of listed slots that begins at `first`, and closes a group of copies, an
 // empty one if there is no such tile.
-//
-// Why this is CUDA: TileLang gathers through registers, and waits for them before it multiplies; with asynchronous copies
-// the next tile is under way meanwhile. The keys go where TileLang's wgmma reads them: rows of 128 bytes whose 16-byte
+// The keys go where TileLang's wgmma reads them: rows of 128 bytes whose 16-byte
 // pieces are swizzled by the row modulo 8.
 template <int THREADS, int TILE>
 __device__ __forceinline__ void gather_keys(const void* keys, const void* scales, const unsigned* slots, int first,

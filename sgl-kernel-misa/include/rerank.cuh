@@ -1,13 +1,15 @@
 // Selection among a row's candidates by the scores of all heads.
+//
+// Why this is CUDA: radix selection is (cta.cuh), and so are loads from another CTA's shared memory (cluster.cuh).
 #pragma once
 
-#include "block.cuh"
+#include "cta.cuh"
 #include "cluster.cuh"
 #include "gather.cuh"
 
 namespace misa {
 
-// The slots of the cache of a block's part of the listed positions, entries `first` .. `first + share`; returns how many
+// The slots of the cache of a CTA's part of the listed positions, entries `first` .. `first + share`; returns how many
 // positions are on the whole list, which ends at its first -1.
 template <int THREADS>
 __device__ __forceinline__ int list_slots(const int* list, int capacity, int first, int share, const int* pages,
@@ -20,28 +22,27 @@ __device__ __forceinline__ int list_slots(const int* list, int capacity, int fir
     if (i >= first && i < first + share) slots[i - first] = slot;
     mine += position >= 0;
   }
-  block_exclusive_scan<THREADS>(mine, scratch, count);
+  cta_exclusive_scan<THREADS>(mine, scratch, count);
   return count;
 }
 
-// Collects the scores of the list in the first block of a cluster; every block has those of its part at the start of its own
-// `scores`, 16-byte aligned. All blocks must call this.
-template <int THREADS, int BLOCKS>
+// Collects the scores of the list in the first CTA of a cluster; every CTA has those of its part at the start of its own
+// `scores`, 16-byte aligned. All CTAs must call this.
+template <int THREADS, int RANKS>
 __device__ __forceinline__ void collect_scores(unsigned* scores, int share, int count, int rank) {
   cluster_arrive();
-  cluster_wait();
+  cluster_wait();  // all CTAs' scores are written
   if (rank == 0) {
 #pragma unroll
-    for (int peer = 1; peer < BLOCKS; ++peer) {
+    for (int peer = 1; peer < RANKS; ++peer) {
       const int size = min(count - peer * share, share);
       for (int i = threadIdx.x * 4; i < size; i += THREADS * 4) {
         *reinterpret_cast<int4*>(scores + peer * share + i) = load_peer4(reinterpret_cast<int*>(scores + i), peer);
       }
     }
   }
-  // A block's shared memory is there until it has been read.
   cluster_arrive();
-  cluster_wait();
+  cluster_wait();  // the first CTA has read them: the others may end
 }
 
 // Selects `need` of `count` listed positions, given their scores as ordered keys, and writes them in the order of the list,

@@ -1,8 +1,11 @@
 // The last steps of routing: estimates to heads.
+//
+// Why this is CUDA: the sums stay in the registers of an accumulator, where TileLang reduces through shared memory, and the heads are
+// picked by a function that also compiles for a CPU, where the tests' emulator runs it.
 #pragma once
 
 #include "barrier.cuh"
-#include "block.cuh"
+#include "cta.cuh"
 
 namespace misa {
 

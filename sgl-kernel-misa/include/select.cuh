@@ -1,7 +1,7 @@
 // Exact selection of a row's top k from its two bit planes.
 #pragma once
 
-#include "block.cuh"
+#include "cta.cuh"
 #include "gather.cuh"
 
 namespace misa {

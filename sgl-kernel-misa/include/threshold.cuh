@@ -1,7 +1,7 @@
 // Order statistics of a row's sampled scores.
 #pragma once
 
-#include "block.cuh"
+#include "cta.cuh"
 
 namespace misa {
 
@@ -87,7 +87,7 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
 // or above.
 //
 // Two passes find the first 20 bits of the two outer scores, whose lower and upper edge do as well; only where these are the
-// same, as with many equal scores, more passes find the rest. bins: 2 * kThresholdBins, scratch: 64 ints; both 16-byte
+// same, as with many equal scores, more passes find the rest. bins: 2 * kThresholdBins, scratch: kScratch ints; both 16-byte
 // aligned.
 template <int THREADS>
 __device__ __forceinline__ void thresholds(const float* scores, int length, int k, int shift, int deviations, int* bins,

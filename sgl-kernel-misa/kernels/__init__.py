@@ -2,6 +2,11 @@
 
 Every kernel is a file of this folder with a factory `get_<name>_kernel(...)` that returns a prim_func. `KERNELS` says
 which of them, with which arguments, go into the library, and under which names they are launched.
+
+Words: a CTA is a block of threads; "block" is kept for pooled keys, "page" for the cache. Programmatic dependent launch (PDL) lets a
+kernel start while the one ahead of it in the stream still runs: `T.pdl_trigger` lets the next one start, `T.pdl_sync` waits until
+all work of the one ahead is done and seen. A kernel without `T.pdl_sync` is launched in the stream's order. Every other one waits,
+at the latest before it ends, so that whoever waits for it may rely on all that came before.
 """
 
 from dataclasses import dataclass, field
@@ -40,8 +45,8 @@ class Kernel:
 
     Attributes:
         build: returns the prim_func. Its own name does not matter: the table's is what is exported.
-        pass_configs: TileLang pass configs that differ from `build_kernels.PASS_CONFIGS`.
-        prefers_shared: an SM gives it all shared memory that it can. A block does not start on an SM that divides its memory
+        pass_configs: TileLang pass configs that differ from `builder.generate.PASS_CONFIGS`.
+        prefers_shared: an SM gives it all shared memory that it can. A CTA does not start on an SM that divides its memory
             in another way until that SM is idle, so kernels that are to overlap divide it in the same way.
     """
 

@@ -5,25 +5,26 @@ The same heads as `pool_blocks` and `route` choose, by the same definitions; the
 
 import tilelang.language as T
 
+from kernels.constants import HEAD_DIM, MAX_ROWS
 from kernels.dimensions import dimensions
+from kernels.headers import include
 
-THREADS = 256  # kThreads of decode_route.cuh
-TILE = 16  # kTile
-KEY_BYTES = 320  # kKeyBytes
-MAX_ROWS = 4  # kMaxRows
+THREADS = 256
+TILE = 16  # pooled keys at a time
+KEY_BYTES = 320  # from one of them to the next
 
 
 def get_decode_route_kernel(num_heads: int, ranks: int):
-    """A cluster of `ranks` blocks a sequence; its pooled keys are dealt to them."""
+    """A cluster of `ranks` CTAs a sequence; its pooled keys are dealt to them."""
     rows, pages, batch, max_pages, stride, active_heads = dimensions(
         "rows pages batch max_pages table_stride active_heads"
     )
 
     @T.prim_func
     def decode_route(
-        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
-        pooled_keys: T.Tensor((pages, 128), T.bfloat16),
+        pooled_keys: T.Tensor((pages, HEAD_DIM), T.bfloat16),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         out: T.Tensor((rows, active_heads), T.int32),
@@ -35,9 +36,16 @@ def get_decode_route_kernel(num_heads: int, ranks: int):
             rank,
             seq,
         ):
-            T.import_source('#include "decode_route.cuh"\n')
+            T.import_source(
+                include(
+                    "decode_route.cuh",
+                    kThreads=THREADS,
+                    kTile=TILE,
+                    kKeyBytes=KEY_BYTES,
+                )
+            )
             T.annotate_min_blocks_per_sm(2)
-            q_shared = T.alloc_shared((MAX_ROWS * num_heads, 128), T.int8)
+            q_shared = T.alloc_shared((MAX_ROWS * num_heads, HEAD_DIM), T.int8)
             k_shared = T.alloc_shared((TILE, KEY_BYTES), T.int8)
             sees = T.alloc_shared((2 * TILE,), T.uint32)
             sums = T.alloc_shared((MAX_ROWS * num_heads,), T.float32)

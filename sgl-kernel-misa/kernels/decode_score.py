@@ -1,16 +1,24 @@
 """Scores of up to four rows a sequence against all its keys.
 
-The keys are read once for all rows of a sequence. The pages of all sequences lie end to end, and the blocks of the grid, which
-is resident as a whole, share them.
+The keys are read once for all rows of a sequence. The pages of all sequences lie end to end, and the CTAs of the grid, which
+is resident as a whole, share them: see `PageScheduler` in decode_score.cuh.
 """
 
 import tilelang.language as T
 
+from kernels.accumulator import row_of
+from kernels.constants import HEAD_DIM, MAX_ROWS, PAGE_BYTES, PAGE_SIZE
 from kernels.dimensions import dimensions
-from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
+from kernels.headers import include
+from kernels.paged_cache import PAGE_WORDS
 
-MAX_ROWS = 4  # kMaxRows of decode_score.cuh
-STAGES = 8
+STAGES = 8  # pages on the chip
+SCHEDULER_INTS = 11  # of a page scheduler
+SEQUENCE, PAGE, LEFT, SEGMENT = range(4)  # places of those that are read here
+# Places of the numbers in a note about a page: how many segments came before, the page, -1 if there is none, and the pages of its
+# segment after it. The note about a segment holds its sequence, -1 if there is none.
+SEGMENTS_BEFORE, NOTED_PAGE, PAGES_LEFT = range(3)
+NOTED_SEQUENCE = 0
 
 
 def get_decode_score_kernel(heads: int):
@@ -23,7 +31,7 @@ def get_decode_score_kernel(heads: int):
         heads: that a row is scored with, 8, 16, 32 or 64.
     """
     columns = MAX_ROWS * heads
-    # Sequences whose queries are there, or under way: the short segments of a block may each be of another one.
+    # Sequences whose queries are there, or under way: the short segments of a CTA may each be of another one.
     depth = {8: 4, 16: 4, 32: 2, 64: 1}[heads]
     rows, num_heads, pages, batch, max_pages, active_heads, stride, width = dimensions(
         "rows num_heads pages batch max_pages active_heads table_stride width"
@@ -55,11 +63,13 @@ def get_decode_score_kernel(heads: int):
 
     @T.prim_func
     def decode_score(
-        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
-        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
+        keys: T.StridedTensor(
+            (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
+        ),
+        scales: T.StridedTensor((pages, PAGE_SIZE), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         scores: T.Tensor((rows, width), T.float32),
@@ -71,29 +81,41 @@ def get_decode_score_kernel(heads: int):
         init_tokens: T.int32,
         local_tokens: T.int32,
     ):
-        with T.Kernel(blocks, threads=256) as block:
-            T.import_source('#include "score.cuh"\n#include "decode_score.cuh"\n')
+        with T.Kernel(blocks, threads=256) as cta:
+            T.import_source(
+                include(
+                    "score.cuh",
+                    "decode_score.cuh",
+                    kSchedulerInts=SCHEDULER_INTS,
+                    kSequence=SEQUENCE,
+                    kSequencePage=PAGE,
+                    kLeft=LEFT,
+                    kSegment=SEGMENT,
+                )
+            )
             q_shared = T.alloc_shared(
-                (depth, columns, 128) if depth > 1 else (columns, 128), T.float8_e4m3fn
+                (depth, columns, HEAD_DIM) if depth > 1 else (columns, HEAD_DIM),
+                T.float8_e4m3fn,
             )
             gates = T.alloc_shared((depth, columns), T.float32)
             seen = T.alloc_shared((depth, MAX_ROWS), T.int32)
             segments = T.alloc_shared((depth, 4), T.int32)
-            k_shared = T.alloc_shared((STAGES, 64, 128), T.float8_e4m3fn)
-            s_shared = T.alloc_shared((STAGES, 64), T.float32)
+            k_shared = T.alloc_shared((STAGES, PAGE_SIZE, HEAD_DIM), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((STAGES, PAGE_SIZE), T.float32)
             notes = T.alloc_shared((STAGES, 4), T.int32)
+            # A stage of the ring of pages: full, its page and note are there; empty, the four scoring warps have read them.
             full = T.alloc_barrier([32] * STAGES)
             empty = T.alloc_barrier([4] * STAGES)
-            # A segment is announced, its queries are there, its place is free.
+            # A place of the ring of segments: announced, its note is there; ready, so are its queries, gates and lengths; free, all
+            # that score have read them.
             announced = T.alloc_barrier([32] * depth)
             ready = T.alloc_barrier([32] * depth)
             free = T.alloc_barrier([128] * depth)
-            acc = T.alloc_fragment((64, columns), T.float32)
+            acc = T.alloc_fragment((PAGE_SIZE, columns), T.float32)
             gate = T.alloc_local((heads,), T.float32)
             scale = T.alloc_local((2,), T.float32)
             score = T.alloc_local((2,), T.float32)
-            walk = T.alloc_local((11,), T.int32)
-            # segment, page of the sequence, pages of the segment after it
+            scheduler = T.alloc_local((SCHEDULER_INTS,), T.int32)
             note = T.alloc_local((3,), T.int32)
             sequence = T.alloc_local((3,), T.int32)
             now = T.alloc_var(T.int32)
@@ -103,7 +125,7 @@ def get_decode_score_kernel(heads: int):
             most = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
             lane = tx % 32
-            token = tx % 128 // 32 * 16 + lane // 4
+            token = row_of(tx % 128)
 
             if routed == 0:
                 T.pdl_sync()
@@ -114,21 +136,21 @@ def get_decode_score_kernel(heads: int):
                 # One warp streams. Every key is read once: the cache is better used for what is read again.
                 T.call_extern(
                     "handle",
-                    "misa::walk_begin",
-                    walk.data,
+                    "misa::scheduler_begin",
+                    scheduler.data,
                     lengths.data,
                     batch,
                     rows_per_seq,
                     topk,
-                    block,
+                    cta,
                     blocks,
                 )
                 now = 0
                 for i in T.serial(T.if_then_else(tx < 160, most, 0)):
                     page = T.call_extern(
                         "int32",
-                        "misa::walk_to_page",
-                        walk.data,
+                        "misa::next_page",
+                        scheduler.data,
                         lengths.data,
                         batch,
                         rows_per_seq,
@@ -137,7 +159,7 @@ def get_decode_score_kernel(heads: int):
                         stride,
                         T.address_of(dealt[0]),
                     )
-                    if page < 0 or walk[2] == walk[3] - 1:
+                    if page < 0 or scheduler[LEFT] == scheduler[SEGMENT] - 1:
                         T.mbarrier_wait_parity(
                             free[now % depth], ((now // depth) % 2) ^ 1
                         )
@@ -145,7 +167,7 @@ def get_decode_score_kernel(heads: int):
                             "handle",
                             "misa::write_note",
                             T.address_of(segments[now % depth, 0]),
-                            T.if_then_else(page < 0, -1, walk[0]),
+                            T.if_then_else(page < 0, -1, scheduler[SEQUENCE]),
                             0,
                             0,
                         )
@@ -157,21 +179,21 @@ def get_decode_score_kernel(heads: int):
                         "misa::write_note",
                         T.address_of(notes[i % STAGES, 0]),
                         now - 1,
-                        T.if_then_else(page < 0, -1, walk[1]),
-                        walk[2],
+                        T.if_then_else(page < 0, -1, scheduler[PAGE]),
+                        scheduler[LEFT],
                     )
                     if page < 0:
                         T.mbarrier_arrive(full[i % STAGES])
                         T.loop_break()
                     T.tma_copy(
-                        keys[page, 0:64, 0:128],
+                        keys[page, 0:PAGE_SIZE, 0:HEAD_DIM],
                         k_shared[i % STAGES, :, :],
                         barrier=full[i % STAGES],
                         leader_scope_threads=32,
                         eviction_policy="evict_first",
                     )
                     T.tma_copy(
-                        scales[page, 0:64],
+                        scales[page, 0:PAGE_SIZE],
                         s_shared[i % STAGES, :],
                         barrier=full[i % STAGES],
                         leader_scope_threads=32,
@@ -191,7 +213,7 @@ def get_decode_score_kernel(heads: int):
                         T.address_of(segments[i % depth, 0]),
                         sequence.data,
                     )
-                    if sequence[0] < 0:
+                    if sequence[NOTED_SEQUENCE] < 0:
                         T.loop_break()
                     T.call_extern(
                         "handle",
@@ -200,7 +222,7 @@ def get_decode_score_kernel(heads: int):
                         weights.data,
                         active.data,
                         lengths.data,
-                        sequence[0],
+                        sequence[NOTED_SEQUENCE],
                         rows_per_seq,
                         num_heads,
                         active_heads,
@@ -222,10 +244,10 @@ def get_decode_score_kernel(heads: int):
                         T.address_of(notes[i % STAGES, 0]),
                         note.data,
                     )
-                    if note[1] < 0:
+                    if note[NOTED_PAGE] < 0:
                         T.loop_break()
-                    if note[0] != now:
-                        now = note[0]
+                    if note[SEGMENTS_BEFORE] != now:
+                        now = note[SEGMENTS_BEFORE]
                         T.mbarrier_wait_parity(ready[now % depth], (now // depth) % 2)
                         T.call_extern(
                             "handle",
@@ -234,7 +256,7 @@ def get_decode_score_kernel(heads: int):
                             sequence.data,
                         )
                         # Lanes without a row of their own score something and store nothing.
-                        row = sequence[0] * rows_per_seq + T.min(
+                        row = sequence[NOTED_SEQUENCE] * rows_per_seq + T.min(
                             lane % 4, rows_per_seq - 1
                         )
                         length = T.call_extern(
@@ -260,7 +282,7 @@ def get_decode_score_kernel(heads: int):
                     T.sync_warp()
                     if lane == 0:
                         T.mbarrier_arrive(empty[i % STAGES])
-                    if note[2] == 0:
+                    if note[PAGES_LEFT] == 0:
                         T.mbarrier_arrive(free[now % depth])
                     T.call_extern(
                         "handle",
@@ -274,7 +296,7 @@ def get_decode_score_kernel(heads: int):
                         "handle",
                         "misa::store_scores",
                         score.data,
-                        note[1] * 64 + token,
+                        note[NOTED_PAGE] * PAGE_SIZE + token,
                         length,
                         init_tokens,
                         local_tokens,

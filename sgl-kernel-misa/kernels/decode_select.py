@@ -1,20 +1,21 @@
 """Exact top-k of a row from its scores.
 
-The blocks of a cluster share a row, each with its part of the scores in registers, and exchange what they count through
+The CTAs of a cluster share a row, each with its part of the scores in registers, and exchange what they count through
 distributed shared memory. A sample bounds the k-th score from below; the few tokens over that bound are listed, and the rest
 is done on the lists. Where that fails, a radix selection looks at all digits of all scores.
 """
 
 import tilelang.language as T
 
+from kernels.constants import DECODE_CANDIDATES, FORMS
 from kernels.dimensions import dimensions
+from kernels.headers import BINS, SCRATCH, include
 
-THREADS = 512  # kThreads of decode_row.cuh
-CANDIDATES = 6144  # kCandidates of decode_candidates.cuh
+THREADS = 512
 
 
 def get_decode_select_kernel(ranks: int):
-    """A cluster of `ranks` blocks a row. It starts while `decode_score` runs, and prepares what does not depend on it."""
+    """A cluster of `ranks` CTAs a row. It starts while `decode_score` runs, and prepares what does not depend on it."""
     rows, batch, max_pages, stride, width, topk = dimensions(
         "rows batch max_pages table_stride width topk"
     )
@@ -33,19 +34,23 @@ def get_decode_select_kernel(ranks: int):
             rank,
             row,
         ):
-            T.import_source('#include "decode_select.cuh"\n')
+            T.import_source(
+                include(
+                    "decode_select.cuh", kThreads=THREADS, kCandidates=DECODE_CANDIDATES
+                )
+            )
             T.annotate_min_blocks_per_sm(2)
-            candidates = T.alloc_shared((CANDIDATES,), T.uint64)
-            bins = T.alloc_shared((2 * 2048,), T.int32)
-            scratch = T.alloc_shared((64,), T.int32)
+            candidates = T.alloc_shared((DECODE_CANDIDATES,), T.uint64)
+            bins = T.alloc_shared((2 * BINS,), T.int32)
+            scratch = T.alloc_shared((SCRATCH,), T.int32)
             length = T.alloc_var(T.int32)
             offset = T.alloc_var(T.int32)
             seq = T.truncdiv(row, rows_per_seq)
             length = lengths[row]
             offset = 0
-            if form == 2:
+            if form == FORMS["ragged"]:
                 offset = offsets[row]
-            # The length is that of the whole cluster: all of its blocks wait for each other, or none.
+            # The length is that of the whole cluster: all of its CTAs wait for each other, or none.
             if length > topk:
                 T.call_extern(
                     "handle",

@@ -1,11 +1,11 @@
-"""SGLang's paged index-K cache: a page holds 64 keys of 128 bytes, then their 64 float32 scales."""
+"""SGLang's paged index-K cache, see `kernels.constants`."""
 
 import tilelang.language as T
 
-PAGE_BYTES = 8448
-PAGE_WORDS = (
-    PAGE_BYTES // 4
-)  # of 4 bytes: as many floats lie between the scales of two pages
+from kernels.constants import PAGE_BYTES
+
+# Words of 4 bytes: as many floats lie between the scales of two pages.
+PAGE_WORDS = PAGE_BYTES // 4
 
 
 def get_gather_keys(threads: int, tile: int, stages: int):

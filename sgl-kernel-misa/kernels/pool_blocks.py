@@ -2,27 +2,28 @@
 
 import tilelang.language as T
 
+from kernels.constants import HEAD_DIM, PAGE_SIZE
 from kernels.dimensions import dimensions
 
 GROUP = 16  # pages whose loads are under way at once
 
 
 def get_pool_blocks_kernel():
-    """Thread d of a block averages dimension d of one pooled block, in float64."""
+    """A CTA a pooled block: thread d averages its dimension d, in float64."""
     pages, batch, max_pages, stride, blocks, rows = dimensions(
         "pages batch max_pages table_stride blocks rows"
     )
 
     @T.prim_func
     def pool_blocks(
-        pooled_keys: T.Tensor((pages, 128), T.bfloat16),
+        pooled_keys: T.Tensor((pages, HEAD_DIM), T.bfloat16),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
-        out: T.Tensor((batch, blocks, 128), T.bfloat16),
+        out: T.Tensor((batch, blocks, HEAD_DIM), T.bfloat16),
         block_pages: T.int32,
     ):
-        with T.Kernel(blocks, batch, threads=128) as (block, seq):
+        with T.Kernel(blocks, batch, threads=HEAD_DIM) as (block, seq):
             means = T.alloc_local((GROUP,), T.float32)
             total = T.alloc_var(T.float64)
             length = T.alloc_var(T.int32)
@@ -31,7 +32,7 @@ def get_pool_blocks_kernel():
             length = 0
             if cu_rows[seq] < cu_rows[seq + 1]:
                 length = lengths[cu_rows[seq + 1] - 1]
-            if (block + 1) * block_pages * 64 <= length:
+            if (block + 1) * block_pages * PAGE_SIZE <= length:
                 total = T.float64(0)
                 for first in T.serial(T.ceildiv(block_pages, GROUP)):
                     for i in T.unroll(GROUP):

@@ -2,35 +2,43 @@
 
 import tilelang.language as T
 
+from kernels.accumulator import row_of
+from kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE
 from kernels.dimensions import dimensions
-from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS, get_gather_keys
+from kernels.headers import BINS, SCRATCH, include
+from kernels.paged_cache import PAGE_WORDS, get_gather_keys
 
 THREADS = 256
 TILE = 128
 STAGES = 2  # tiles on the chip: one is scored while the next is gathered; so three CTAs fit on an SM
 
 
-def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
+def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
     """Gathered keys on the M side of a wgmma, the row's heads on the N side.
 
     Args:
         num_heads: heads of the indexer, H.
         capacity: most candidates a row may have.
-        blocks: CTAs that share a row, a cluster: each scores a part of the candidates, the first one selects.
+        ranks: CTAs that share a row, a cluster: each scores a part of the candidates, the first one selects.
     """
     rows, pages, batch, max_pages, stride, candidates_, topk = dimensions(
         "rows pages batch max_pages table_stride num_candidates topk"
     )
 
     gather_keys = get_gather_keys(THREADS, TILE, STAGES)
+    assert (
+        STAGES * TILE * HEAD_DIM >= 4 * BINS
+    ), "the histogram lies where the keys were"
 
     @T.prim_func
     def rerank(
-        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         candidates: T.Tensor((rows, candidates_), T.int32),
-        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
+        keys: T.StridedTensor(
+            (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
+        ),
+        scales: T.StridedTensor((pages, PAGE_SIZE), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
@@ -40,17 +48,13 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
         local_tokens: T.int32,
         form: T.int32,
     ):
-        with T.Kernel(
-            rows * blocks, threads=THREADS, cluster_dims=(blocks, 1, 1)
-        ) as block:
-            T.import_source(
-                '#include "gather.cuh"\n#include "score.cuh"\n#include "rerank.cuh"\n'
-            )
+        with T.Kernel(rows * ranks, threads=THREADS, cluster_dims=(ranks, 1, 1)) as cta:
+            T.import_source(include("gather.cuh", "score.cuh", "rerank.cuh"))
             scores = T.alloc_shared((capacity,), T.uint32)
-            q_shared = T.alloc_shared((num_heads, 128), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((STAGES, TILE, 128), T.float8_e4m3fn)
+            q_shared = T.alloc_shared((num_heads, HEAD_DIM), T.float8_e4m3fn)
+            k_shared = T.alloc_shared((STAGES, TILE, HEAD_DIM), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, TILE), T.float32)
-            scratch = T.alloc_shared((64,), T.int32)
+            scratch = T.alloc_shared((SCRATCH,), T.int32)
             acc = T.alloc_fragment((TILE, num_heads), T.float32)
             gate = T.alloc_local((num_heads // 4,), T.float32)
             scale = T.alloc_local((2,), T.float32)
@@ -59,10 +63,10 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
             mine = T.alloc_var(T.int32)
             offset = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
-            row = T.truncdiv(block, blocks)
-            rank = T.truncmod(block, blocks)
-            share = T.ceildiv(T.ceildiv(candidates_, blocks), TILE) * TILE
-            entry = tx // 32 * 16 + tx % 32 // 4
+            row = T.truncdiv(cta, ranks)
+            rank = T.truncmod(cta, ranks)
+            share = T.ceildiv(T.ceildiv(candidates_, ranks), TILE) * TILE
+            entry = row_of(tx)
             seq = T.call_extern(
                 "int32", "misa::sequence_of_row", cu_rows.data, batch, row
             )
@@ -82,7 +86,7 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
                 )
             mine = T.max(T.min(count - rank * share, share), 0)
             offset = 0
-            if form == 2:
+            if form == FORMS["ragged"]:
                 offset = offsets[row]
             for i in T.serial(T.if_then_else(rank == 0, T.ceildiv(topk, THREADS), 0)):
                 if i * THREADS + tx < topk and i * THREADS + tx >= T.min(count, topk):
@@ -116,7 +120,7 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
                         s_shared,
                     )
                     T.call_extern("handle", f"misa::wait_gathered<{STAGES - 1}>")
-                    T.sync_threads()
+                    T.sync_threads()  # the tile is there
                     T.gemm(
                         k_shared[tile % STAGES, :, :],
                         q_shared,
@@ -141,11 +145,12 @@ def get_rerank_kernel(num_heads: int, capacity: int, blocks: int):
                             scores[tile * TILE + entry + rr * 8] = T.call_extern(
                                 "uint32", "misa::ordered", score[rr]
                             )
+                    # The tile was read: the next gather overwrites it. And its slots have become scores.
                     T.sync_threads()
-                if blocks > 1:
+                if ranks > 1:
                     T.call_extern(
                         "handle",
-                        f"misa::collect_scores<{THREADS}, {blocks}>",
+                        f"misa::collect_scores<{THREADS}, {ranks}>",
                         T.address_of(scores[0]),
                         share,
                         count,

@@ -6,8 +6,12 @@ E[j] = |w[j]| / M * sum over the row's M pooled blocks of relu(q[j] . kbar[b]). 
 
 import tilelang.language as T
 
+from kernels.accumulator import row_of
+from kernels.constants import HEAD_DIM, PAGE_SIZE
 from kernels.dimensions import dimensions
+from kernels.headers import include
 
+MAX_HEADS = 64  # rows of a wgmma; with fewer heads some stay empty
 BLOCKS = 32  # pooled keys multiplied at a time: few, so that many CTAs fit on an SM
 
 
@@ -19,24 +23,24 @@ def get_route_kernel(num_heads: int):
 
     @T.prim_func
     def route(
-        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
-        pooled_keys: T.Tensor((pages, 128), T.bfloat16),
-        pooled_blocks: T.Tensor((batch, blocks, 128), T.bfloat16),
+        pooled_keys: T.Tensor((pages, HEAD_DIM), T.bfloat16),
+        pooled_blocks: T.Tensor((batch, blocks, HEAD_DIM), T.bfloat16),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
         out: T.Tensor((rows, active_heads), T.int32),
         block_pages: T.int32,
     ):
-        with T.Kernel(rows, threads=128) as row:
-            T.import_source('#include "layout.cuh"\n#include "route.cuh"\n')
+        with T.Kernel(rows, threads=HEAD_DIM) as row:
+            T.import_source(include("route.cuh"))
             T.annotate_min_blocks_per_sm(8)
-            q_shared = T.alloc_shared((64, 128), T.bfloat16)
-            k_shared = T.alloc_shared((BLOCKS, 128), T.bfloat16)
-            head_keys = T.alloc_shared((64,), T.uint32)
+            q_shared = T.alloc_shared((MAX_HEADS, HEAD_DIM), T.bfloat16)
+            k_shared = T.alloc_shared((BLOCKS, HEAD_DIM), T.bfloat16)
+            head_keys = T.alloc_shared((MAX_HEADS,), T.uint32)
             votes = T.alloc_shared((2,), T.uint32)
-            acc = T.alloc_fragment((64, BLOCKS), T.float32)
+            acc = T.alloc_fragment((MAX_HEADS, BLOCKS), T.float32)
             sums = T.alloc_local((2,), T.float32)
             total = T.alloc_var(T.float64)
             estimate = T.alloc_var(T.float32)
@@ -59,8 +63,8 @@ def get_route_kernel(num_heads: int):
             full = 0
             partial = 0
             if seq < batch:
-                full = lengths[row] // 64 // block_pages
-                partial = lengths[row] // 64 % block_pages
+                full = lengths[row] // PAGE_SIZE // block_pages
+                partial = lengths[row] // PAGE_SIZE % block_pages
             count = full + T.if_then_else(partial > 0, 1, 0)
             # Dimension tx of the partial block's mean.
             total = T.float64(0)
@@ -78,6 +82,7 @@ def get_route_kernel(num_heads: int):
                 sums[rr] = 0.0
             # All above comes from before `pool_blocks`.
             T.pdl_sync()
+            # Barriers: the tile of pooled keys is zeroed and loaded; the partial block's has joined it; it was read.
             for first in T.serial(T.ceildiv(count, BLOCKS)):
                 for i in T.unroll(BLOCKS // 8):
                     b = i * 8 + tx // 16
@@ -102,7 +107,7 @@ def get_route_kernel(num_heads: int):
                 )
                 T.sync_threads()
             for rr in T.unroll(2):
-                h = tx // 32 * 16 + tx % 32 // 4 + rr * 8
+                h = row_of(tx) + rr * 8
                 sums[rr] = T.call_extern("float32", "misa::quad_sum", sums[rr])
                 if tx % 4 == 0 and h < num_heads:
                     estimate = 0.0
@@ -111,7 +116,7 @@ def get_route_kernel(num_heads: int):
                             T.abs(weights[row, h]) * sums[rr] / T.cast(count, T.float32)
                         )
                     head_keys[h] = T.call_extern("uint32", "misa::head_key", estimate)
-            T.sync_threads()
+            T.sync_threads()  # the keys are written
             T.call_extern(
                 "handle",
                 "misa::pick_heads",

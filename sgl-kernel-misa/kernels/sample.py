@@ -5,8 +5,13 @@ These are what the thresholds are estimated on.
 
 import tilelang.language as T
 
+from kernels.constants import HEAD_DIM, PAGE_KEY_BYTES, PAGE_SIZE
 from kernels.dimensions import dimensions
+from kernels.headers import include
 from kernels.paged_cache import PAGE_WORDS
+
+KEY_WORDS = HEAD_DIM // 4
+SCALES = PAGE_KEY_BYTES // 4  # the word of a page's first scale
 
 
 def get_sample_kernel():
@@ -24,8 +29,8 @@ def get_sample_kernel():
         out: T.Tensor((batch, sample_pages, PAGE_WORDS), T.int32),
         sample_shift: T.int32,
     ):
-        with T.Kernel(sample_pages, batch, threads=128) as (page, seq):
-            T.import_source('#include "layout.cuh"\n')
+        with T.Kernel(sample_pages, batch, threads=2 * PAGE_SIZE) as (page, seq):
+            T.import_source(include())
             T.pdl_trigger()
             length = T.alloc_var(T.int32)
             position = T.alloc_var(T.int32)
@@ -35,20 +40,25 @@ def get_sample_kernel():
             length = 0
             if cu_rows[seq] < cu_rows[seq + 1]:
                 length = lengths[cu_rows[seq + 1] - 1]
-            if page * T.shift_left(64, sample_shift) < length:
+            if page * T.shift_left(PAGE_SIZE, sample_shift) < length:
                 position = T.call_extern(
-                    "int32", "misa::sample_position", page * 64 + key, sample_shift
+                    "int32",
+                    "misa::sample_position",
+                    page * PAGE_SIZE + key,
+                    sample_shift,
                 )
                 # A sample past the end is never looked at.
                 position = T.min(position, length - 1)
-                source = page_table[seq, position // 64]
-                for i in T.unroll(4):
+                source = page_table[seq, position // PAGE_SIZE]
+                for i in T.unroll(KEY_WORDS // 8):
                     for v in T.vectorized(4):
-                        word = tx % 2 * 16 + i * 4 + v
-                        out[seq, page, key * 32 + word] = index_k[
-                            source, position % 64 * 32 + word
+                        word = tx % 2 * (KEY_WORDS // 2) + i * 4 + v
+                        out[seq, page, key * KEY_WORDS + word] = index_k[
+                            source, position % PAGE_SIZE * KEY_WORDS + word
                         ]
                 if tx % 2 == 0:
-                    out[seq, page, 2048 + key] = index_k[source, 2048 + position % 64]
+                    out[seq, page, SCALES + key] = index_k[
+                        source, SCALES + position % PAGE_SIZE
+                    ]
 
     return sample

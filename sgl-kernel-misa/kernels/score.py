@@ -8,15 +8,13 @@ order of the columns.
 
 import tilelang.language as T
 
+from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SPAN, rows_per_warpgroup
 from kernels.dimensions import dimensions
-from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS
+from kernels.headers import include
+from kernels.paged_cache import PAGE_WORDS
 
 STAGES = 8
-
-
-def rows_per_warpgroup(heads: int) -> int:
-    """Rows that a warpgroup scores at once with `heads` heads each: as many as make 128 columns, and at least 4."""
-    return max(4, 128 // heads)
+SPAN_PAGES = SPAN // PAGE_SIZE  # whose bits a lane collects in one word
 
 
 def get_score_kernel(heads: int, mode: str):
@@ -95,11 +93,11 @@ def get_score_kernel(heads: int, mode: str):
         """Sums a page's heads; then stores its scores, or adds its bits to the lane's words and these every 16th page."""
         sum_heads(acc, gate, s_shared, empty, page, scores)
         tx = T.get_thread_binding()
-        token = (p0 + page) * 64 + tx % 128 // 32 * 16 + tx % 32 // 4
+        token = (p0 + page) * PAGE_SIZE + tx % 128 // 32 * 16 + tx % 32 // 4
         if planes:
-            if (p0 + page) * 64 < init_tokens or (
+            if (p0 + page) * PAGE_SIZE < init_tokens or (
                 p0 + page + 1
-            ) * 64 > shortest - local_tokens:
+            ) * PAGE_SIZE > shortest - local_tokens:
                 T.call_extern(
                     "handle",
                     f"misa::mask_page<{groups}>",
@@ -116,11 +114,16 @@ def get_score_kernel(heads: int, mode: str):
                 high.data,
                 middle.data,
                 low.data,
-                T.uint32(1) << T.cast(page % 16 * 2, T.uint32),
+                T.uint32(1) << T.cast(page % SPAN_PAGES * 2, T.uint32),
                 words.data,
             )
-            if page % 16 == 15 or page == num_pages - 1 + num_pages % 2:
-                word = (p0 + page) // 16 * 32 + tx % 128 // 32 * 8 + tx % 32 // 4
+            if (
+                page % SPAN_PAGES == SPAN_PAGES - 1
+                or page == num_pages - 1 + num_pages % 2
+            ):
+                word = (
+                    (p0 + page) // SPAN_PAGES * 32 + tx % 128 // 32 * 8 + tx % 32 // 4
+                )
                 for g in T.unroll(groups):
                     for plane in T.unroll(2):
                         out[slot + g * 4, plane, word] = words[plane * groups + g]
@@ -134,11 +137,13 @@ def get_score_kernel(heads: int, mode: str):
 
     @T.prim_func
     def score(
-        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
-        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
+        keys: T.StridedTensor(
+            (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
+        ),
+        scales: T.StridedTensor((pages, PAGE_SIZE), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
@@ -154,17 +159,17 @@ def get_score_kernel(heads: int, mode: str):
         local_tokens: T.int32,
     ):
         with T.Kernel(tiles, splits, threads=384) as (bx, by):
-            T.import_source('#include "score.cuh"\n')
+            T.import_source(include("score.cuh"))
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
             T.pdl_sync()
-            q_shared = T.alloc_shared((2 * columns, 128), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((STAGES, 64, 128), T.float8_e4m3fn)
-            s_shared = T.alloc_shared((STAGES, 64), T.float32)
+            q_shared = T.alloc_shared((2 * columns, HEAD_DIM), T.float8_e4m3fn)
+            k_shared = T.alloc_shared((STAGES, PAGE_SIZE, HEAD_DIM), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((STAGES, PAGE_SIZE), T.float32)
             full = T.alloc_barrier([32] * STAGES)
             empty = T.alloc_barrier([8] * STAGES)
-            acc = T.alloc_fragment((64, 2 * columns), T.float32)
-            next_acc = T.alloc_fragment((64, 2 * columns), T.float32)
+            acc = T.alloc_fragment((PAGE_SIZE, 2 * columns), T.float32)
+            next_acc = T.alloc_fragment((PAGE_SIZE, 2 * columns), T.float32)
             gate = T.alloc_local((groups * heads,), T.float32)
             scores = T.alloc_local((groups * 2,), T.float32)
             length = T.alloc_local((groups,), T.int32)
@@ -191,7 +196,7 @@ def get_score_kernel(heads: int, mode: str):
             if seq < batch and row0 < cu_rows[T.min(seq + 1, batch)]:
                 row1 = T.min(cu_rows[seq + 1], row0 + tile_rows)
                 # Pages of keys, or of samples.
-                num_pages = (lengths[row1 - 1] + 63) // 64
+                num_pages = (lengths[row1 - 1] + PAGE_SIZE - 1) // PAGE_SIZE
                 if not planes:
                     num_pages = T.shift_right(
                         num_pages + T.shift_left(1, sample_shift) - 1, sample_shift
@@ -215,13 +220,13 @@ def get_score_kernel(heads: int, mode: str):
                                 empty[i % STAGES], ((i // STAGES) % 2) ^ 1
                             )
                             T.tma_copy(
-                                keys[page, 0:64, 0:128],
+                                keys[page, 0:PAGE_SIZE, 0:HEAD_DIM],
                                 k_shared[i % STAGES, :, :],
                                 barrier=full[i % STAGES],
                                 leader_scope_threads=32,
                             )
                             T.tma_copy(
-                                scales[page, 0:64],
+                                scales[page, 0:PAGE_SIZE],
                                 s_shared[i % STAGES, :],
                                 barrier=full[i % STAGES],
                                 leader_scope_threads=32,

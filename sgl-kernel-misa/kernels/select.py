@@ -8,11 +8,15 @@ digit.
 
 import tilelang.language as T
 
+from kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SPAN
 from kernels.dimensions import dimensions
-from kernels.paged_cache import PAGE_BYTES, PAGE_WORDS, get_gather_keys
+from kernels.headers import BINS, SCRATCH, include
+from kernels.paged_cache import PAGE_WORDS, get_gather_keys
 
 THREADS = 256
 TILE = 128  # candidates scored at a time, 64 a warpgroup
+DIGITS = 5  # of a radix selection
+STATE_INTS = 8  # of its state
 STAGES = 2  # tiles on the chip: one is scored while the next is gathered
 
 
@@ -21,7 +25,7 @@ def get_select_kernel(heads: int, capacity: int):
 
     Args:
         heads: as for `score`.
-        capacity: candidates kept in shared memory, a multiple of 1024.
+        capacity: candidates kept in shared memory, a multiple of SPAN.
     """
     # The row's heads lie in the columns of lanes 0, 4, 8, ...; the others are zero.
     columns = 4 * heads
@@ -86,11 +90,13 @@ def get_select_kernel(heads: int, capacity: int):
 
     @T.prim_func
     def select(
-        q: T.Tensor((rows, num_heads, 128), T.float8_e4m3fn),
+        q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
-        keys: T.StridedTensor((pages, 64, 128), (PAGE_BYTES, 128, 1), T.float8_e4m3fn),
-        scales: T.StridedTensor((pages, 64), (PAGE_WORDS, 1), T.float32),
+        keys: T.StridedTensor(
+            (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
+        ),
+        scales: T.StridedTensor((pages, PAGE_SIZE), (PAGE_WORDS, 1), T.float32),
         page_table: T.StridedTensor((batch, max_pages), (stride, 1), T.int32),
         cu_rows: T.Tensor((batch + 1,), T.int32),
         lengths: T.Tensor((rows,), T.int32),
@@ -106,7 +112,13 @@ def get_select_kernel(heads: int, capacity: int):
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
             T.import_source(
-                '#include "gather.cuh"\n#include "score.cuh"\n#include "select.cuh"\n'
+                include(
+                    "gather.cuh",
+                    "score.cuh",
+                    "select.cuh",
+                    kDigits=DIGITS,
+                    kStateInts=STATE_INTS,
+                )
             )
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
@@ -114,12 +126,12 @@ def get_select_kernel(heads: int, capacity: int):
             positions = T.alloc_shared((capacity,), T.int32)
             # Slots of the cache, then scores.
             scores = T.alloc_shared((capacity,), T.uint32)
-            bins = T.alloc_shared((2048,), T.int32)
-            q_shared = T.alloc_shared((columns, 128), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((STAGES, TILE, 128), T.float8_e4m3fn)
+            bins = T.alloc_shared((BINS,), T.int32)
+            q_shared = T.alloc_shared((columns, HEAD_DIM), T.float8_e4m3fn)
+            k_shared = T.alloc_shared((STAGES, TILE, HEAD_DIM), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, TILE), T.float32)
-            scratch = T.alloc_shared((64,), T.int32)
-            state = T.alloc_shared((8,), T.int32)
+            scratch = T.alloc_shared((SCRATCH,), T.int32)
+            state = T.alloc_shared((STATE_INTS,), T.int32)
             info = T.alloc_shared((4,), T.int32)  # as `classify` says
             listed = T.alloc_shared((1,), T.int32)  # entries of `positions`
             acc = T.alloc_fragment((TILE, columns), T.float32)
@@ -159,7 +171,7 @@ def get_select_kernel(heads: int, capacity: int):
             if seq < batch:
                 if row < cu_rows[T.min(seq + 1, batch)]:
                     length = lengths[row]
-                    if form == 2:
+                    if form == FORMS["ragged"]:
                         offset = offsets[row]
             elif row < rows:
                 length = 0  # padding
@@ -179,7 +191,7 @@ def get_select_kernel(heads: int, capacity: int):
                 T.call_extern("handle", "misa::fence_async")
                 if tx == 0:
                     listed[0] = 0
-                words = (length + 1023) // 1024 * 32
+                words = (length + SPAN - 1) // SPAN * 32
                 T.call_extern(
                     "handle",
                     f"misa::classify<{THREADS}>",
@@ -200,7 +212,7 @@ def get_select_kernel(heads: int, capacity: int):
                 if info[0] > capacity:
                     chunk = capacity // 32
                 parts = T.truncdiv(words + chunk - 1, chunk)
-                rounds = parts * 6
+                rounds = parts * (DIGITS + 1)
                 if info[2] != 0 or info[1] == 0:
                     rounds = 0
                 T.call_extern(
@@ -217,8 +229,8 @@ def get_select_kernel(heads: int, capacity: int):
                     digit = T.truncdiv(step, parts)
                     part = step - digit * parts
                     # Once a digit has settled it, only the last round is left.
-                    if digit == 5 or state[4] == 0:
-                        if digit < 5 and part == 0:
+                    if digit == DIGITS or state[4] == 0:
+                        if digit < DIGITS and part == 0:
                             T.call_extern(
                                 "handle",
                                 f"misa::clear_bins<{THREADS}>",
@@ -297,7 +309,7 @@ def get_select_kernel(heads: int, capacity: int):
                                     T.address_of(bins[0]),
                                     T.address_of(planes[slot, above, 0]),
                                 )
-                        if digit < 5 and part == parts - 1:
+                        if digit < DIGITS and part == parts - 1:
                             T.call_extern(
                                 "handle",
                                 f"misa::radix_advance<{THREADS}>",

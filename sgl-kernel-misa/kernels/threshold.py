@@ -3,8 +3,10 @@
 import tilelang.language as T
 
 from kernels.dimensions import dimensions
+from kernels.headers import SCRATCH, include
 
 THREADS = 256
+THRESHOLD_BINS = 1024  # of each of two histograms
 
 
 def get_threshold_kernel():
@@ -28,13 +30,13 @@ def get_threshold_kernel():
         deviations: T.int32,
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
-            T.import_source('#include "threshold.cuh"\n')
+            T.import_source(include("threshold.cuh", kThresholdBins=THRESHOLD_BINS))
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
             T.pdl_sync()
             T.annotate_min_blocks_per_sm(7)
-            bins = T.alloc_shared((2 * 1024,), T.int32)
-            scratch = T.alloc_shared((64,), T.int32)
+            bins = T.alloc_shared((2 * THRESHOLD_BINS,), T.int32)
+            scratch = T.alloc_shared((SCRATCH,), T.int32)
             row = T.alloc_var(T.int32)
             tile = first_tile + T.truncdiv(slot, tile_rows)
             seq = T.call_extern(

@@ -1,9 +1,22 @@
 """The package on a machine without a GPU: it imports, knows its results' shapes and says what is missing or wrong."""
 
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import sgl_kernel_misa
 import torch
 from kernel_checks import needs_hopper
+from sgl_kernel_misa import (
+    decode,
+)
+from sgl_kernel_misa import device as devices
+from sgl_kernel_misa import library, pooled_keys, prefill, reranking, routing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TOKENS, HEADS, SEQUENCES, PAGES = 12, 64, 3, 40
@@ -49,19 +62,75 @@ NUMBERS = dict(active_heads=8, block_size=1024, topk=2048, rows_per_seq=4)
 OPTIONS = ("max_context", "init_tokens", "local_tokens", "output")
 
 
-def call(op, device, **changes):
-    """Call an op with arguments that fit, but for the changes."""
+def call(op, device, function=None, **changes):
+    """Call an op, or its function, with arguments that fit, but for the changes."""
     values = {**tensors(device), **NUMBERS, **changes}
     args = [values[name] for name in PARAMETERS[op].split()]
     options = {name: changes[name] for name in OPTIONS if name in changes}
     if changes.get("output") == "ragged":
         options["offsets"] = values["offsets"]
-    return getattr(sgl_kernel_misa, op)(*args, **options)
+    return (function or getattr(sgl_kernel_misa, op))(*args, **options)
+
+
+OPTIONS_OF_A_SELECTION = (
+    "int init_tokens=0, int local_tokens=0, "
+    'str output="positions", Tensor? offsets=None'
+)
+SCHEMAS = {
+    "update_pooled_keys": "(Tensor index_k, Tensor slots, Tensor(a2!) pooled_keys) -> ()",
+    "route": "(Tensor q, Tensor weights, Tensor pooled_keys, Tensor page_table, Tensor cu_rows, Tensor lengths, "
+    "int active_heads, int block_size) -> Tensor",
+    "topk_prefill": "(Tensor q, Tensor weights, Tensor? heads, Tensor index_k, Tensor page_table, Tensor cu_rows, "
+    f"Tensor lengths, int topk, *, int? max_context=None, {OPTIONS_OF_A_SELECTION}) -> Tensor",
+    "topk_decode": "(Tensor q, Tensor weights, Tensor? heads, Tensor index_k, Tensor page_table, int rows_per_seq, "
+    f"Tensor lengths, int topk, *, {OPTIONS_OF_A_SELECTION}) -> Tensor",
+    "route_topk_decode": "(Tensor q, Tensor weights, Tensor pooled_keys, Tensor index_k, Tensor page_table, "
+    "int rows_per_seq, Tensor lengths, int active_heads, int block_size, int topk, *, "
+    f"{OPTIONS_OF_A_SELECTION}) -> (Tensor, Tensor)",
+    "rerank": "(Tensor q, Tensor weights, Tensor candidates, Tensor index_k, Tensor page_table, Tensor cu_rows, "
+    f"Tensor lengths, int topk, *, {OPTIONS_OF_A_SELECTION}) -> Tensor",
+}
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_ops_are_registered(op):
-    assert callable(getattr(torch.ops.sgl_kernel_misa, op))
+def test_schemas(op):
+    """What others have traced or exported names these."""
+    schema = getattr(torch.ops.sgl_kernel_misa, op).default._schema
+    assert str(schema) == f"sgl_kernel_misa::{op}{SCHEMAS[op]}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_functions_are_described(op):
+    function = getattr(sgl_kernel_misa, op)
+    assert function.__doc__ and op in sgl_kernel_misa.__all__
+
+
+def test_limits_are_known_without_compiled_kernels(tmp_path):
+    package = Path(sgl_kernel_misa.__file__).parent
+    shutil.copytree(
+        package, tmp_path / package.name, ignore=shutil.ignore_patterns("lib")
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sgl_kernel_misa as m; print(m.__file__, m.HEADS, m.MAX_TOPK, m.TOPK_MULTIPLE)",
+        ],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    expected = tmp_path / package.name / "__init__.py"
+    assert done.stdout.strip() == f"{expected} (32, 64) 16384 64"
+
+
+def test_there_is_one_version():
+    repository = Path(__file__).resolve().parents[2]
+    required = re.findall(
+        r"sgl-kernel-misa==([\d.]+)", (repository / "pyproject.toml").read_text()
+    )
+    assert set(required) <= {sgl_kernel_misa.__version__}
 
 
 def check_results(device):
@@ -217,3 +286,112 @@ def test_a_missing_gpu_is_named():
 def test_a_hopper_gpu_will_do():
     assert sgl_kernel_misa.check_device() is None
     assert sgl_kernel_misa.check_device("cuda:0") is None
+
+
+H100, H20 = 132, 78  # their SMs
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launches that are checked against the library's manifest instead of carried out: op, changes -> launches."""
+    kernels = library._manifest()["sm90a"]["kernels"]
+    found = []
+
+    def launch(name, /, **arguments):
+        expected = dict(kernels[name])
+        assert arguments.keys() == expected.keys(), name
+        for argument, kind in expected.items():
+            if kind == "pointer":
+                assert isinstance(arguments[argument], torch.Tensor), argument
+            else:
+                struct.pack(library._TYPES[kind][1], arguments[argument])
+        found.append((name, arguments))
+
+    for module in (decode, pooled_keys, prefill, reranking, routing):
+        monkeypatch.setattr(module, "launch", launch)
+
+    def launches_of(op, sms=H100, **changes):
+        monkeypatch.setattr(devices, "_num_sms", lambda index: sms)
+        found.clear()
+        call(op, "cpu", getattr(sgl_kernel_misa, op).__wrapped__, **changes)
+        return list(found)
+
+    launches_of.found = found
+    return launches_of
+
+
+@pytest.mark.parametrize("sms", [H100, H20])
+def test_launches_fit_the_kernels(launches, sms):
+    def names(op, **changes):
+        return [name for name, _ in launches(op, sms, **changes)]
+
+    assert names("update_pooled_keys") == ["update_pooled_keys_int64"]
+    slots = torch.zeros(7, dtype=torch.int32)
+    assert names("update_pooled_keys", slots=slots) == ["update_pooled_keys_int32"]
+    assert names("route") == ["pool_blocks", "route_64"]
+    for heads, scoring in ((1, 8), (8, 8), (9, 16), (32, 32), (33, 64)):
+        given = torch.zeros(TOKENS, heads, dtype=torch.int32)
+        # A device with 78 SMs does not hold 12 clusters of 8, but so many candidates need them.
+        few = 8 if sms == H100 else 4
+        for topk, capacity, ranks in ((64, 3072, few), (16_384, 6144, 8)):
+            assert names("topk_prefill", heads=given, topk=topk) == [
+                "sample",
+                f"score_samples_{scoring}",
+                "threshold",
+                f"score_planes_{scoring}",
+                f"select_{scoring}_{capacity}",
+            ]
+            assert names("topk_decode", heads=given, topk=topk) == [
+                f"decode_score_{scoring}",
+                f"decode_select_{ranks}",
+            ]
+    assert "score_planes_64" in names("topk_prefill", heads=None)
+    assert names("route_topk_decode") == [
+        "decode_route_64_8",
+        "decode_score_8",
+        f"decode_select_{few}",
+    ]
+    for count, capacity in ((1, 8192), (8192, 8192), (8193, 16_384)):
+        candidates = torch.zeros(TOKENS, count, dtype=torch.int32)
+        assert names("rerank", candidates=candidates) == [f"rerank_64_{capacity}_8"]
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "update_pooled_keys"])
+def test_nothing_is_launched_for_no_rows(launches, op):
+    values = tensors("cpu")
+    rows = ("q", "weights", "lengths", "heads", "candidates", "offsets")
+    none = {name: values[name][:0] for name in rows}
+    if "rows_per_seq" in PARAMETERS[op]:
+        none["page_table"] = values["page_table"][:0]
+    assert launches(op, **none) == []
+
+
+def test_what_is_refused_is_not_begun(launches):
+    """All checks of an operation come before its first launch: the router would read rows that are not there."""
+    for changes in (dict(rows_per_seq=5), dict(topk=0), dict(output="nonsense")):
+        with pytest.raises(ValueError):
+            launches("route_topk_decode", **changes)
+        assert launches.found == []
+
+
+def test_grids_follow_the_device(launches):
+    for sms in (H100, H20):
+        (_, score), _ = launches("topk_decode", sms)
+        assert score["blocks"] == 2 * sms
+        (_, score), _ = launches("topk_decode", sms, heads=None)
+        assert score["blocks"] == sms
+
+
+@pytest.mark.parametrize("blocks_per_sm", [1, 2])
+def test_clusters_fit_the_device(blocks_per_sm):
+    for sms in (H100, H20):
+        ranks = [
+            devices.cluster_ranks(count, blocks_per_sm, sms) for count in range(1, 400)
+        ]
+        assert ranks == sorted(ranks, reverse=True) and set(ranks) == {8, 4, 2, 1}
+        for count, size in enumerate(ranks, start=1):
+            assert size == 1 or count * size <= sms * blocks_per_sm
+    # What was measured on an H100.
+    assert [devices.cluster_ranks(n, 2, H100) for n in (30, 31, 64, 65, 132, 133)] == [
+        8, 4, 4, 2, 2, 1,
+    ]  # fmt: skip

@@ -3,14 +3,15 @@
 from typing import Optional, Sequence
 
 import torch
-
-PAGE_SIZE = 64
-PAGE_BYTES = 8448
-HEAD_DIM = 128
-NUM_HEADS = (32, 64)
-MAX_TOPK = 16384
-MAX_CONTEXT = 1 << 22  # positions are 22 bits of a sort key
-OUTPUTS = ("positions", "slots", "ragged")
+from sgl_kernel_misa.constants import (
+    FORMS,
+    HEAD_DIM,
+    MAX_CONTEXT,
+    MAX_TOPK,
+    NUM_HEADS,
+    PAGE_BYTES,
+    PAGE_SIZE,
+)
 
 
 def require(condition: bool, message: str) -> None:
@@ -34,7 +35,10 @@ def tensor(
 def queries(q: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor) -> None:
     tensor("q", q, torch.float8_e4m3fn, (None, None, HEAD_DIM))
     rows, num_heads, _ = q.shape
-    require(num_heads in NUM_HEADS, f"q must have 32 or 64 heads, not {num_heads}")
+    require(
+        num_heads in NUM_HEADS,
+        f"q must have {' or '.join(map(str, NUM_HEADS))} heads, not {num_heads}",
+    )
     tensor("weights", weights, torch.float32, (rows, num_heads))
     tensor("lengths", lengths, torch.int32, (rows,))
 
@@ -69,13 +73,6 @@ def sequences(page_table: torch.Tensor, cu_rows: torch.Tensor) -> None:
     tensor("cu_rows", cu_rows, torch.int32, (page_table.shape[0] + 1,))
 
 
-def topk(value: int) -> None:
-    require(
-        PAGE_SIZE <= value <= MAX_TOPK and value % PAGE_SIZE == 0,
-        f"topk must be a multiple of {PAGE_SIZE} from {PAGE_SIZE} to {MAX_TOPK}, not {value}",
-    )
-
-
 def context(value: int) -> None:
     require(
         value <= MAX_CONTEXT,
@@ -83,8 +80,17 @@ def context(value: int) -> None:
     )
 
 
-def output(form: str, offsets: Optional[torch.Tensor], rows: int) -> None:
-    require(form in OUTPUTS, f"output must be one of {', '.join(OUTPUTS)}, not {form}")
-    if form == "ragged":
+def selection(
+    lengths: torch.Tensor, topk: int, output: str, offsets: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """Check how a selection is to be written; returns room for it, int32 [T, topk]."""
+    require(
+        PAGE_SIZE <= topk <= MAX_TOPK and topk % PAGE_SIZE == 0,
+        f"topk must be a multiple of {PAGE_SIZE} from {PAGE_SIZE} to {MAX_TOPK}, not {topk}",
+    )
+    require(output in FORMS, f"output must be one of {', '.join(FORMS)}, not {output}")
+    rows = lengths.shape[0]
+    if output == "ragged":
         require(offsets is not None, 'offsets are needed for output "ragged"')
         tensor("offsets", offsets, torch.int32, (rows,))
+    return lengths.new_empty(rows, topk)

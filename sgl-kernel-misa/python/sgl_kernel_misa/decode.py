@@ -6,37 +6,31 @@ safe because the kernel that comes first in an operation waits for everything be
 they wait for themselves, and none ends before those ahead of it.
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
-from sgl_kernel_misa.checks import PAGE_SIZE
-from sgl_kernel_misa.library import launch
-from sgl_kernel_misa.tensors import (
+from sgl_kernel_misa import checks
+from sgl_kernel_misa.constants import (
+    DECODE_CANDIDATES,
+    DECODE_SELECT_RANKS,
     FORMS,
-    NUM_SMS,
+    MAX_ROWS,
+    PAGE_SIZE,
+)
+from sgl_kernel_misa.device import cluster_ranks, num_sms
+from sgl_kernel_misa.library import launch
+from sgl_kernel_misa.registration import launching, operation
+from sgl_kernel_misa.routing import checked_heads, launch_decode_route
+from sgl_kernel_misa.tensors import (
     all_heads,
-    cluster_ranks,
     keys_and_scales,
     no_offsets,
     padded_heads,
 )
 
-MAX_ROWS = 4  # of a sequence
-CANDIDATES = 6144  # that a block of `decode_select` lists
 
-
-def score_blocks(heads: int) -> int:
-    """Blocks that score with kernels of so many `heads`: those that fit on the chip at once."""
-    return 2 * NUM_SMS if heads <= 16 else NUM_SMS
-
-
-def select_ranks(rows: int, topk: int) -> int:
-    """Blocks that share a row: few if there are many rows, but each lists its part of about 1.5 topk candidates."""
-    least = next(ranks for ranks in (2, 4, 8) if 2 * topk <= ranks * CANDIDATES)
-    return max(least, cluster_ranks(rows, blocks_per_sm=1))
-
-
-def select(
+@operation()
+def topk_decode(
     q: torch.Tensor,
     weights: torch.Tensor,
     heads: Optional[torch.Tensor],
@@ -44,23 +38,169 @@ def select(
     page_table: torch.Tensor,
     rows_per_seq: int,
     lengths: torch.Tensor,
-    out: torch.Tensor,
+    topk: int,
     *,
-    dealt: Optional[torch.Tensor] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
-) -> None:
-    """Write the selections of `ops.topk_decode` to `out`, int32 [T, topk].
+) -> torch.Tensor:
+    """As `topk_prefill`, for decode and speculative verify: few rows a sequence, whose keys are read once for all of them.
 
     Args:
-        dealt: int32 [1], if `heads` come from `routing.route_decode`, launched right before: the counter that it clears.
+        rows_per_seq: rows of every sequence, 1 to 4; row t belongs to sequence t // rows_per_seq.
+        lengths: may be 0 for padding rows, which get -1 only.
+
+    Returns:
+        int32 [T, topk].
+
+    Raises:
+        ValueError: a dtype, a shape or a number is wrong.
     """
-    active = all_heads(q) if heads is None else heads
+    checks.queries(q, weights, lengths)
+    checks.heads(heads, q)
+    _check_cache(q, index_k, page_table, rows_per_seq)
+    out = checks.selection(lengths, topk, output, offsets)
+    if launching(q):
+        _launch_select(
+            q,
+            weights,
+            all_heads(q) if heads is None else heads,
+            index_k,
+            page_table,
+            rows_per_seq,
+            lengths,
+            out,
+            dealt=lengths.new_zeros(1),  # there is no router to clear it
+            routed=False,
+            init_tokens=init_tokens,
+            local_tokens=local_tokens,
+            output=output,
+            offsets=offsets,
+        )
+    return out
+
+
+@operation()
+def route_topk_decode(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    pooled_keys: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    rows_per_seq: int,
+    lengths: torch.Tensor,
+    active_heads: int,
+    block_size: int,
+    topk: int,
+    *,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """`route`, then `topk_decode` with its heads, faster than the two: the keys begin to stream while the router works.
+
+    Returns:
+        the heads, int32 [T, active_heads], and the selection, int32 [T, topk].
+
+    Raises:
+        ValueError: a dtype, a shape or a number is wrong.
+    """
+    heads = checked_heads(q, weights, pooled_keys, lengths, active_heads, block_size)
+    _check_cache(q, index_k, page_table, rows_per_seq)
+    out = checks.selection(lengths, topk, output, offsets)
+    if launching(q):
+        dealt = lengths.new_empty(1)
+        launch_decode_route(
+            q,
+            weights,
+            pooled_keys,
+            page_table,
+            rows_per_seq,
+            lengths,
+            block_size,
+            heads,
+            dealt,
+        )
+        _launch_select(
+            q,
+            weights,
+            heads,
+            index_k,
+            page_table,
+            rows_per_seq,
+            lengths,
+            out,
+            dealt=dealt,
+            routed=True,
+            init_tokens=init_tokens,
+            local_tokens=local_tokens,
+            output=output,
+            offsets=offsets,
+        )
+    return heads, out
+
+
+def score_blocks(heads: int, sms: int) -> int:
+    """Blocks that score with kernels of so many `heads`: those that fit on a device with `sms` SMs at once."""
+    return 2 * sms if heads <= 16 else sms
+
+
+def select_ranks(rows: int, topk: int, sms: int) -> int:
+    """Blocks that share a row: few if there are many rows, but each lists its part of about 1.5 topk candidates."""
+    least = next(
+        ranks for ranks in DECODE_SELECT_RANKS if 2 * topk <= ranks * DECODE_CANDIDATES
+    )
+    return max(least, cluster_ranks(rows, blocks_per_sm=1, sms=sms))
+
+
+def _check_cache(
+    q: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    rows_per_seq: int,
+) -> None:
+    checks.cache(index_k)
+    checks.pages(page_table)
+    checks.require(
+        1 <= rows_per_seq <= MAX_ROWS,
+        f"rows_per_seq must be 1 to {MAX_ROWS}, not {rows_per_seq}",
+    )
+    checks.require(
+        q.shape[0] == page_table.shape[0] * rows_per_seq,
+        f"q must have {page_table.shape[0]} * {rows_per_seq} rows, not {q.shape[0]}",
+    )
+    checks.context(page_table.shape[1] * PAGE_SIZE)
+
+
+def _launch_select(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    heads: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    rows_per_seq: int,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    dealt: torch.Tensor,
+    routed: bool,
+    init_tokens: int,
+    local_tokens: int,
+    output: str,
+    offsets: Optional[torch.Tensor],
+) -> None:
+    """Write the selections to `out`.
+
+    Args:
+        dealt: int32 [1], a counter that is 0, or that the router clears.
+        routed: `heads` come from the router, launched right before.
+    """
     rows, topk = out.shape
     batch, max_pages = page_table.shape
     width = max_pages * PAGE_SIZE
+    sms = num_sms(q.device)
     keys, scales = keys_and_scales(index_k)
     table = dict(
         page_table=page_table,
@@ -69,32 +209,32 @@ def select(
         table_stride=page_table.stride(0),
     )
     scores = weights.new_empty(rows, width)
-    compiled = padded_heads(active.shape[1])
+    compiled = padded_heads(heads.shape[1])
     launch(
         f"decode_score_{compiled}",
         q=q,
         weights=weights,
-        active=active,
+        active=heads,
         keys=keys,
         scales=scales,
         **table,
         lengths=lengths,
         scores=scores,
-        dealt=lengths.new_zeros(1) if dealt is None else dealt,
+        dealt=dealt,
         rows_per_seq=rows_per_seq,
-        blocks=score_blocks(compiled),
-        routed=int(dealt is not None),
+        blocks=score_blocks(compiled, sms),
+        routed=int(routed),
         topk=topk,
         init_tokens=init_tokens,
         local_tokens=local_tokens,
         rows=rows,
         num_heads=q.shape[1],
         pages=index_k.shape[0],
-        active_heads=active.shape[1],
+        active_heads=heads.shape[1],
         width=width,
     )
     launch(
-        f"decode_select_{select_ranks(rows, topk)}",
+        f"decode_select_{select_ranks(rows, topk, sms)}",
         scores=scores,
         **table,
         lengths=lengths,

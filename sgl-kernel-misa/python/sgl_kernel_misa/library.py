@@ -41,7 +41,7 @@ class _Kernel:
     ):
         self.name = name
         self.device = device
-        # The tensors come before the numbers: build_kernels.py sees to that.
+        # The tensors come before the numbers: the builder sees to that.
         self._tensors = [argument for argument, kind in arguments if kind == "pointer"]
         self._numbers = {
             argument: _TYPES[kind][1]

@@ -8,11 +8,19 @@ whatever the thresholds were.
 from typing import Optional
 
 import torch
-from sgl_kernel_misa.checks import PAGE_BYTES, PAGE_SIZE
-from sgl_kernel_misa.library import launch
-from sgl_kernel_misa.tensors import (
+from sgl_kernel_misa import checks
+from sgl_kernel_misa.constants import (
     FORMS,
-    NUM_SMS,
+    PAGE_BYTES,
+    PAGE_SIZE,
+    SELECT_CAPACITIES,
+    SPAN,
+    rows_per_tile,
+)
+from sgl_kernel_misa.device import num_sms
+from sgl_kernel_misa.library import launch
+from sgl_kernel_misa.registration import launching, operation
+from sgl_kernel_misa.tensors import (
     all_heads,
     keys_and_scales,
     no_offsets,
@@ -22,19 +30,13 @@ from sgl_kernel_misa.tensors import (
 # Rows are taken in chunks, so that the workspace does not grow with the batch. A constant: nothing may depend on how much
 # memory happens to be free.
 WORKSPACE_BYTES = 160 << 20
-SPAN = 1024  # tokens in 32 words of a bit plane
 # One token in 16 is sampled, of short contexts one in 8: there the candidates that closer thresholds spare `select` are
 # more than the samples cost.
 SAMPLE_SHIFT, SHORT_SAMPLE_SHIFT, SHORT_CONTEXT = 4, 3, 16 << 10
-SMALL_CAPACITY, LARGE_CAPACITY = 3072, 6144  # candidates that `select` keeps on chip
 
 
-def rows_per_tile(heads: int) -> int:
-    """Rows that a block of the scoring kernel takes, two warpgroups together: tile_rows of kernels/score.py."""
-    return 2 * max(4, 128 // heads)
-
-
-def select(
+@operation()
+def topk_prefill(
     q: torch.Tensor,
     weights: torch.Tensor,
     heads: Optional[torch.Tensor],
@@ -42,21 +44,52 @@ def select(
     page_table: torch.Tensor,
     cu_rows: torch.Tensor,
     lengths: torch.Tensor,
-    out: torch.Tensor,
+    topk: int,
     *,
     max_context: Optional[int] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
-) -> None:
-    """Write the selections of `ops.topk_prefill` to `out`, int32 [T, topk]."""
-    active = all_heads(q) if heads is None else heads
-    rows, topk = out.shape
+) -> torch.Tensor:
+    """The `topk` tokens of highest score of every row of an extend batch.
+
+    I[t,s] = k_scale[s] * sum over the row's heads of weights[t,j] * relu(q[t,j] . k[s]). Equal scores are broken in
+    favour of the lower position. Rows that see at most `topk` tokens select all of them.
+
+    Args:
+        topk: a multiple of 64 up to 16384.
+        max_context: bound on `lengths` that the host knows, which bounds the workspace; P * 64 by default.
+        init_tokens, local_tokens: so many tokens at the start and at the end of what a row sees score +inf.
+        output: "positions"; "slots" of the cache, page_table[b, p // 64] * 64 + p % 64; "ragged", p + offsets[t].
+        offsets: int32 [T], for "ragged".
+
+    Returns:
+        int32 [T, topk], ascending by position, padded with -1; padding rows hold -1 only.
+
+    Raises:
+        ValueError: a dtype, a shape or a number is wrong.
+    """
+    checks.queries(q, weights, lengths)
+    checks.heads(heads, q)
+    checks.cache(index_k)
+    checks.sequences(page_table, cu_rows)
     batch, max_pages = page_table.shape
     context = max_pages * PAGE_SIZE if max_context is None else max_context
+    checks.context(context)
+    checks.require(
+        context <= max_pages * PAGE_SIZE,
+        f"max_context must be at most the {max_pages * PAGE_SIZE} tokens of page_table, not {context}",
+    )
+    out = checks.selection(lengths, topk, output, offsets)
+    if not launching(q):
+        return out
+
+    active = all_heads(q) if heads is None else heads
+    rows = q.shape[0]
     spans = max(1, -(-context // SPAN))
     words = spans * SPAN // 32
+    sms = num_sms(q.device)
     scoring = padded_heads(active.shape[1])
     tile_rows = rows_per_tile(scoring)
     keys, scales = keys_and_scales(index_k)
@@ -100,9 +133,10 @@ def select(
 
     # A block begins by collecting its queries, which takes as long as several pages: two waves of blocks, one for samples.
     span_pages = SPAN // PAGE_SIZE
-    split_pages = -(-spans // max(1, 2 * NUM_SMS // chunk)) * span_pages
-    split_sample_pages = -(-sample_pages // max(1, NUM_SMS // chunk))
-    capacity = SMALL_CAPACITY if topk <= 8192 else LARGE_CAPACITY
+    split_pages = -(-spans // max(1, 2 * sms // chunk)) * span_pages
+    split_sample_pages = -(-sample_pages // max(1, sms // chunk))
+    small, large = SELECT_CAPACITIES
+    capacity = small if topk <= 8192 else large
     for first in range(0, tiles, chunk):
         count = min(chunk, tiles - first)
         launch(
@@ -188,3 +222,4 @@ def select(
             width=words,
             topk=topk,
         )
+    return out

@@ -3,16 +3,17 @@
 from typing import Optional
 
 import torch
-from sgl_kernel_misa.checks import MAX_TOPK
+from sgl_kernel_misa import checks
+from sgl_kernel_misa.constants import FORMS, MAX_TOPK, RERANK_CAPACITIES, RERANK_RANKS
 from sgl_kernel_misa.library import launch
-from sgl_kernel_misa.tensors import FORMS, keys_and_scales, no_offsets
+from sgl_kernel_misa.registration import launching, operation
+from sgl_kernel_misa.tensors import keys_and_scales, no_offsets
 
-SMALL_CAPACITY = 8192  # candidates a row; the larger kernel takes MAX_TOPK
 FEW_ROWS = 256  # of a decode batch: then a cluster of blocks shares a row, for it takes one block long
-CLUSTER = 8
 
 
-def select(
+@operation()
+def rerank(
     q: torch.Tensor,
     weights: torch.Tensor,
     candidates: torch.Tensor,
@@ -20,37 +21,61 @@ def select(
     page_table: torch.Tensor,
     cu_rows: torch.Tensor,
     lengths: torch.Tensor,
-    out: torch.Tensor,
+    topk: int,
     *,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
-) -> None:
-    """Write the selections of `ops.rerank` to `out`, int32 [T, topk]."""
-    keys, scales = keys_and_scales(index_k)
-    capacity = SMALL_CAPACITY if candidates.shape[1] <= SMALL_CAPACITY else MAX_TOPK
-    blocks = CLUSTER if q.shape[0] <= FEW_ROWS else 1
-    launch(
-        f"rerank_{q.shape[1]}_{capacity}_{blocks}",
-        q=q,
-        weights=weights,
-        candidates=candidates,
-        keys=keys,
-        scales=scales,
-        page_table=page_table,
-        cu_rows=cu_rows,
-        lengths=lengths,
-        offsets=no_offsets(lengths) if offsets is None else offsets,
-        out=out,
-        init_tokens=init_tokens,
-        local_tokens=local_tokens,
-        form=FORMS[output],
-        rows=q.shape[0],
-        pages=index_k.shape[0],
-        batch=page_table.shape[0],
-        max_pages=page_table.shape[1],
-        table_stride=page_table.stride(0),
-        num_candidates=candidates.shape[1],
-        topk=out.shape[1],
+) -> torch.Tensor:
+    """The second stage of hierarchical MISA: scores the candidates with all heads and keeps the best `topk`.
+
+    Args:
+        candidates: int32 [T, m], positions in ascending order, padded with -1; m at most 16384.
+        topk, init_tokens, local_tokens, output, offsets: as for `topk_prefill`.
+
+    Returns:
+        int32 [T, topk], ascending by position, padded with -1.
+
+    Raises:
+        ValueError: a dtype, a shape or a number is wrong.
+    """
+    checks.queries(q, weights, lengths)
+    rows, num_heads, _ = q.shape
+    checks.tensor("candidates", candidates, torch.int32, (rows, None))
+    num_candidates = candidates.shape[1]
+    checks.require(
+        num_candidates <= MAX_TOPK,
+        f"candidates must be at most {MAX_TOPK} a row, not {num_candidates}",
     )
+    checks.cache(index_k)
+    checks.sequences(page_table, cu_rows)
+    out = checks.selection(lengths, topk, output, offsets)
+    if launching(q):
+        keys, scales = keys_and_scales(index_k)
+        capacity = next(size for size in RERANK_CAPACITIES if size >= num_candidates)
+        ranks = max(RERANK_RANKS) if rows <= FEW_ROWS else min(RERANK_RANKS)
+        launch(
+            f"rerank_{num_heads}_{capacity}_{ranks}",
+            q=q,
+            weights=weights,
+            candidates=candidates,
+            keys=keys,
+            scales=scales,
+            page_table=page_table,
+            cu_rows=cu_rows,
+            lengths=lengths,
+            offsets=no_offsets(lengths) if offsets is None else offsets,
+            out=out,
+            init_tokens=init_tokens,
+            local_tokens=local_tokens,
+            form=FORMS[output],
+            rows=rows,
+            pages=index_k.shape[0],
+            batch=page_table.shape[0],
+            max_pages=page_table.shape[1],
+            table_stride=page_table.stride(0),
+            num_candidates=num_candidates,
+            topk=topk,
+        )
+    return out

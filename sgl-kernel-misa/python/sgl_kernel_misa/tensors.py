@@ -1,19 +1,14 @@
-"""Views and constants that the launches share."""
+"""Tensors as the kernels take them."""
 
 from typing import Tuple
 
 import torch
-
-FORMS = {"positions": 0, "slots": 1, "ragged": 2}
-KEY_BYTES = 64 * 128  # of a page, before its scales
-NUM_SMS = 132  # of an H100 or H200: what the grids are laid out for
-# Clusters by their size of which an H100 holds so many with two blocks on an SM: a cluster does not straddle two GPCs.
-CLUSTERS = {8: 30, 4: 64, 2: 132}
+from sgl_kernel_misa.constants import PAGE_KEY_BYTES, SCORING_HEADS
 
 
 def keys_and_scales(index_k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """The first key and the first scale of a paged cache; the kernels know the strides."""
-    return index_k, index_k.flatten()[KEY_BYTES:]
+    return index_k, index_k.flatten()[PAGE_KEY_BYTES:]
 
 
 def no_offsets(lengths: torch.Tensor) -> torch.Tensor:
@@ -27,16 +22,6 @@ def all_heads(q: torch.Tensor) -> torch.Tensor:
     return heads.expand(q.shape[0], -1).contiguous()
 
 
-def cluster_ranks(count: int, blocks_per_sm: int) -> int:
-    """Blocks of each of `count` clusters, 1, 2, 4 or 8: the most with which the chip holds all clusters at once.
-
-    Args:
-        blocks_per_sm: blocks that fit on an SM, 1 or 2.
-    """
-    fitting = (n for n, most in CLUSTERS.items() if count <= most * blocks_per_sm // 2)
-    return next(fitting, 1)
-
-
 def padded_heads(count: int) -> int:
     """Heads that the scoring kernels are compiled for, at least `count`."""
-    return next(size for size in (8, 16, 32, 64) if size >= count)
+    return next(size for size in SCORING_HEADS if size >= count)

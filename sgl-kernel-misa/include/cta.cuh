@@ -1,11 +1,14 @@
-// Radix selection by one thread block.
+// Radix selection by one CTA.
+//
+// Why this is CUDA: it also compiles for a CPU, where the tests' emulator runs it, and TileLang finds no bin of a histogram.
 #pragma once
 
 #include "layout.cuh"
 
 namespace misa {
 
-constexpr int kBins = 2048;
+constexpr int kBins = 2048;    // of a histogram
+constexpr int kScratch = 64;   // ints of shared memory that a kernel sets aside for the functions here
 
 // A float's bits in an order in which unsigned integers compare as the floats do; both zeros alike. What is not a number is
 // 0, below all numbers, -infinity included: it passes no comparison of floats either, so selections by floats and by keys agree.
@@ -32,7 +35,7 @@ __device__ __forceinline__ int warp_inclusive_scan(int value) {
 
 // Sum over the threads before this one, and the sum over all. scratch holds 32 ints; every thread must call this.
 template <int THREADS>
-__device__ __forceinline__ int block_exclusive_scan(int value, int* scratch, int& total) {
+__device__ __forceinline__ int cta_exclusive_scan(int value, int* scratch, int& total) {
   const int warp = threadIdx.x / 32;
   const int inclusive = warp_inclusive_scan(value);
   __syncthreads();
@@ -67,7 +70,7 @@ __device__ __forceinline__ void find_bin(const int* bins, int need, int* scratch
 #pragma unroll
   for (int i = 0; i < kPer; ++i) sum += count[i];
   int total;
-  int above = block_exclusive_scan<THREADS>(sum, scratch, total);
+  int above = cta_exclusive_scan<THREADS>(sum, scratch, total);
   need = min(need, total);
 #pragma unroll
   for (int i = kPer - 1; i >= 0; --i) {
@@ -85,9 +88,11 @@ __device__ __forceinline__ void find_bin(const int* bins, int need, int* scratch
 // the top, so five digits settle any selection.
 constexpr int kDigits = 5;
 constexpr int kPositionBits = 22;
+constexpr int kMaxContext = 1 << kPositionBits;
+constexpr unsigned kLastPosition = kMaxContext - 1;
 
 __device__ __forceinline__ unsigned long long entry_key(unsigned score, int position) {
-  return (unsigned long long)score << kPositionBits | (0x3fffffu - (unsigned)position);
+  return (unsigned long long)score << kPositionBits | (kLastPosition - (unsigned)position);
 }
 
 // Selects the `need` largest keys. Entry e is among them if key(e) >> shift >= prefix.
@@ -99,9 +104,10 @@ struct RadixState {
   unsigned base;  // subtracted from every score
 };
 
-static_assert(sizeof(RadixState) <= 8 * sizeof(int), "the kernels set 8 ints aside");
+constexpr int kStateInts = 8;
+static_assert(sizeof(RadixState) <= kStateInts * sizeof(int), "a state fits");
 
-// `state` is 8 ints of shared memory, 8-byte aligned.
+// `state` is kStateInts ints of shared memory, 8-byte aligned.
 __device__ __forceinline__ RadixState* radix_state(int* state) { return reinterpret_cast<RadixState*>(state); }
 
 // Scores, as ordered keys, are known to lie in base .. top.
@@ -138,10 +144,12 @@ __device__ __forceinline__ void radix_advance(int* state_, const int* bins, int*
   __syncthreads();
 }
 
-// Writes one selected position in the form asked for: 0 position, 1 slot of the cache, 2 offset into ragged keys.
+// What a selected position is written as: itself, its slot of the cache, or its place among ragged keys.
+enum Form { kPositions, kSlots, kRagged };
+
 __device__ __forceinline__ int output_index(int position, int form, const int* pages, int offset) {
-  if (form == 1) return pages[position / kPage] * kPage + position % kPage;
-  return form == 2 ? position + offset : position;
+  if (form == kSlots) return pages[position / kPage] * kPage + position % kPage;
+  return form == kRagged ? position + offset : position;
 }
 
 // Rows that see at most topk tokens select all of them.
