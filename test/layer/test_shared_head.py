@@ -8,9 +8,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from inputs import KINDS, Inputs, make_inputs
 
 from sglang.srt.layers.misa import reference
+from sglang.srt.layers.misa.testing.inputs import KINDS, Inputs, make_inputs
 
 E4M3 = sorted(
     (value, code)
