@@ -171,16 +171,18 @@ def clear_pooled_keys(_, pool: DSATokenToKVPool) -> None:
 
 def add_pooled_keys_size(num_bytes: int, pool: DSATokenToKVPool) -> Optional[int]:
     """After `DSATokenToKVPool.get_kv_size_bytes`."""
-    if active_config() is not None:
-        return num_bytes + pool.misa_pooled_keys.nbytes
+    if active_config() is None:
+        return None
+    return num_bytes + pool.misa_pooled_keys.nbytes
 
 
 def add_pooled_keys_cell_size(
     bytes_per_token: int, configurator, kvc, num_layers: int
 ) -> Optional[int]:
     """After `DefaultPoolConfigurator._compute_cell_size`, which counts all layers."""
-    if active_config() is not None:
-        return bytes_per_token + BYTES_PER_TOKEN * num_layers
+    if active_config() is None:
+        return None
+    return bytes_per_token + BYTES_PER_TOKEN * num_layers
 
 
 def update_after_store(

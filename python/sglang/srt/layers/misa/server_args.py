@@ -6,7 +6,9 @@ import argparse
 import functools
 import os
 from dataclasses import dataclass, fields
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, ClassVar, NamedTuple, Optional
+
+import torch
 
 from sglang.srt.arg_groups.arg_utils import NS, A, add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
@@ -14,21 +16,26 @@ from sglang.srt.layers.misa import process
 from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
 from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
-from sglang.srt.layers.misa.operations import kernel_limits, kernels_problem
+from sglang.srt.layers.misa.operations import kernels_problem, operations
 from sglang.srt.layers.misa.patching import check_engaged
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import is_cpu, is_hip
 
+# What `with_misa` puts behind MisaArguments has all the other arguments: to a type checker it may be anything.
+_Behind: Any = object
+
 
 @dataclass
-class MisaArguments:
+class MisaArguments(_Behind):
     """The `--misa-*` arguments, which `with_misa` adds to a class of server arguments; validated where that is.
 
     Raises:
         ValueError: `enable_misa` is set and a value or a combination is not supported.
         RuntimeError: `enable_misa` is set and a hook on SGLang did not engage.
     """
+
+    _base: ClassVar[type]
 
     enable_misa: A[
         bool,
@@ -78,7 +85,7 @@ def _restored(base: type, state: dict) -> MisaArguments:
     """Arguments from a pickle or a copy: a class that `with_misa` made has no name to be found by."""
     # They reach a scheduler before it loads its plugins; from here on it must not do without this one.
     process.requires_misa |= state["enable_misa"]
-    args = object.__new__(with_misa(base))
+    args: MisaArguments = object.__new__(with_misa(base))
     args.__dict__.update(state)
     return args
 
@@ -116,7 +123,7 @@ def initialize(original, self, *args, **values) -> None:
         if field.name in values
     }
     if misa.get("enable_misa"):
-        self.__class__ = with_misa(type(self))
+        self.__class__ = with_misa(self.__class__)
         self.__init__(*args, **values, **misa)
         return
     original(self, *args, **values)
@@ -309,19 +316,19 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
 def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
     if problem := kernels_problem():
         raise ValueError(f"--enable-misa: {problem}.")
-    limits = kernel_limits()
-    if num_heads not in limits.NUM_HEADS:
+    kernels = operations(torch.device("cuda"))
+    if num_heads not in kernels.HEADS:
         raise ValueError(
-            f"--enable-misa has kernels for indexers of {' or '.join(map(str, limits.NUM_HEADS))} heads, not for the "
+            f"--enable-misa has kernels for indexers of {' or '.join(map(str, kernels.HEADS))} heads, not for the "
             f"{num_heads} of {args.model_path}; drop --enable-misa."
         )
-    limit = f"a multiple of {PAGE_SIZE} up to {limits.MAX_TOPK}, which the kernels need"
-    if topk % PAGE_SIZE or topk > limits.MAX_TOPK:
+    limit = f"a multiple of {kernels.TOPK_MULTIPLE} up to {kernels.MAX_TOPK}, which the kernels need"
+    if topk % kernels.TOPK_MULTIPLE or topk > kernels.MAX_TOPK:
         raise ValueError(
             f"--enable-misa: index_topk={topk} of {args.model_path} is not {limit}; drop --enable-misa."
         )
     candidates = args.misa_rerank_candidates
-    if candidates % PAGE_SIZE or candidates > limits.MAX_TOPK:
+    if candidates % kernels.TOPK_MULTIPLE or candidates > kernels.MAX_TOPK:
         raise ValueError(
             f"--misa-rerank-candidates {candidates} is not {limit}; use 0 for a single stage or such a multiple."
         )
