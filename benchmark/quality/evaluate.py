@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Dict, Iterator, Optional
 
 from run_lm_eval import SUITES
-from sglang_misa.server import StartError, launch
 
 from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
 from sglang.srt.utils.network import is_port_available
+from sglang_misa.server import StartError, launch
 
 HERE = Path(__file__).parent
 SHORTEST_RULER = 4096  # tokens; the paper's too

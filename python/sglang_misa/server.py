@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
-from sglang_misa.client import Client
 
 from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV, load_records
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.utils import kill_process_tree
 from sglang.srt.utils.network import is_port_available
 from sglang.utils import wait_for_http_ready
+from sglang_misa.client import Client
 
 # For hangs alone. A first start on a GPU compiles SGLang's kernels, which takes four minutes.
 START_SECONDS = 2400

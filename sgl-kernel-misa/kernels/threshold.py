@@ -1,6 +1,7 @@
 """Three thresholds a row, from its sampled scores: between them lies the k-th score, or `select` will notice."""
 
 import tilelang.language as T
+
 from kernels.dimensions import dimensions
 from kernels.headers import SCRATCH, include
 

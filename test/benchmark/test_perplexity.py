@@ -14,10 +14,10 @@ from fake_server import FakeServer
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
 from perplexity import summarize, window_ends
-from sglang_misa.server import misa_args, serve
 
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV
+from sglang_misa.server import misa_args, serve
 
 BOS = 300
 

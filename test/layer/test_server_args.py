@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_misa.server import server_env
 
 from sglang.srt.layers.misa import operations, process
 from sglang.srt.layers.misa import server_args as module
 from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
 from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
 from sglang.srt.server_args import ServerArgs
+from sglang_misa.server import server_env
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="resolves arguments for the CPU engine"
