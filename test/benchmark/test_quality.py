@@ -18,7 +18,7 @@ QUALITY = ROOT / "benchmark" / "quality"
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
-from sglang.srt.layers.misa.evaluation import random_heads
+from sglang.srt.layers.misa.evaluation.selections import random_heads
 from sglang.srt.layers.misa.testing.recall import share_of_dsa
 from sglang_misa.server import misa_args, serve
 
