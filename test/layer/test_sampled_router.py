@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from inputs import KINDS, make_inputs, write_cache
 
 from sglang.srt.layers.misa import reference, sampled_router
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE, read_pages, read_tokens
+from sglang.srt.layers.misa.testing.batches import write_cache
+from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
 
 
 def bits(tensor):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from inputs import KINDS, Inputs, make_inputs, write_cache
 
 from sglang.srt.layers.misa import reference, torch_operations
+from sglang.srt.layers.misa.testing.batches import write_cache
+from sglang.srt.layers.misa.testing.inputs import KINDS, Inputs, make_inputs
 
 HEADS, TOPK = 16, 128
 
