@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Dict, Iterator, Optional
 
 from run_lm_eval import SUITES
-from sglang_misa.server import StartError, launch
 
-from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV
-from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
+from sglang.srt.layers.misa.environment import CAPTURE_DIR, EVAL_SELECTION, SELECTIONS
 from sglang.srt.utils.network import is_port_available
+from sglang_misa.server import StartError, launch
 
 HERE = Path(__file__).parent
 SHORTEST_RULER = 4096  # tokens; the paper's too
@@ -33,7 +32,7 @@ VARIANTS = {
     "misa": (("--enable-misa",), {}),
     "misa-hierarchical": (("--enable-misa", "--misa-rerank-candidates", "8192"), {}),
     **{
-        name: (("--enable-misa", "--disable-cuda-graph"), {EVAL_SELECTION_ENV: name})
+        name: (("--enable-misa", "--disable-cuda-graph"), {EVAL_SELECTION: name})
         for name in SELECTIONS
     },
 }
@@ -99,7 +98,7 @@ def measure_recall(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
         capture = Path(folder) / "capture"
         # Records hold positions, and what runs in a CUDA graph leaves none.
-        env = {CAPTURE_DIR_ENV: str(capture), "SGLANG_DSA_FUSE_TOPK": "false"}
+        env = {CAPTURE_DIR: str(capture), "SGLANG_DSA_FUSE_TOPK": "false"}
         with serve(args, "recorded", "--disable-cuda-graph", env=env) as url:
             run(
                 *("perplexity.py", "--url", url, "--text", args.text),

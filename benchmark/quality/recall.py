@@ -27,8 +27,8 @@ from results import Variant, ci95, show
 from tqdm import tqdm
 
 from sglang.srt.layers.misa import reference
-from sglang.srt.layers.misa.capture import ATTENTION_STRIDE
-from sglang.srt.layers.misa.evaluation import heaviest_heads, random_heads
+from sglang.srt.layers.misa.evaluation.capture import ATTENTION_STRIDE
+from sglang.srt.layers.misa.evaluation.selections import heaviest_heads, random_heads
 from sglang.srt.layers.misa.testing.recall import recall
 
 ACTIVE_HEADS = (1, 2, 4, 8, 16, 32, 64)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
-from sglang_misa.client import Client
 
-from sglang.srt.layers.misa.capture import CAPTURE_DIR_ENV, load_records
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.environment import CAPTURE_DIR
+from sglang.srt.layers.misa.evaluation.capture import load_records
 from sglang.srt.utils import kill_process_tree
 from sglang.srt.utils.network import is_port_available
 from sglang.utils import wait_for_http_ready
+from sglang_misa.client import Client
 
 # For hangs alone. A first start on a GPU compiles SGLang's kernels, which takes four minutes.
 START_SECONDS = 2400
@@ -131,7 +132,7 @@ def serve(
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     log, capture_dir = work_dir / "server.log", work_dir / "capture"
-    env = {**server_env(), **(env or {}), CAPTURE_DIR_ENV: str(capture_dir)}
+    env = {**server_env(), **(env or {}), CAPTURE_DIR: str(capture_dir)}
     with reserved_port() as port:
         ports = "--nccl-port", str(port + 1)
         command = server_command(

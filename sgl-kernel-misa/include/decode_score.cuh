@@ -10,6 +10,7 @@
 #include "barrier.cuh"
 #include "cta.cuh"
 #include "gather.cuh"
+#include "queries.cuh"
 
 namespace misa {
 
@@ -121,23 +122,22 @@ __device__ __forceinline__ void read_note(const int* note, int* numbers) {
 // of head i * 2 + b of row t, as TileLang's wgmma reads them (rows of 128 bytes whose 16-byte pieces are swizzled by the row
 // modulo 8); gates, HEADS of four rows; seen, four rows' lengths. Nothing is written for rows that are not there.
 template <int HEADS>
-__device__ __forceinline__ void load_sequence(const void* q, const float* weights, const int* active, const int* lengths,
-                                              int sequence, int rows_per_seq, int num_heads, int active_heads, void* queries, int slot,
-                                              float* gates, int* seen) {
-  char* const q_shared = (char*)queries + slot * kMaxRows * HEADS * 128;
+__device__ __forceinline__ void load_sequence(const void* q, const float* weights, const int* active, const void* shared_q,
+                                              const float* shared_scale, const int* lengths, int sequence, int rows_per_seq,
+                                              int num_heads, int active_heads, int shared, void* q_shared_all, int slot, float* gates,
+                                              int* seen) {
+  const Queries queries = {q, active, shared_q, num_heads, active_heads, shared};
+  char* const q_shared = (char*)q_shared_all + slot * kMaxRows * HEADS * 128;
   const int lane = threadIdx.x % 32, first_row = sequence * rows_per_seq;
-  const auto head_of = [&](int row, int j) { return active[(first_row + row) * active_heads + min(j, active_heads - 1)]; };
   // Eight lanes copy a query.
 #pragma unroll 8
   for (int i = lane / 8; i < rows_per_seq * HEADS; i += 4) {
-    const int row = i / HEADS, j = i % HEADS, column = j / 2 * 8 + row * 2 + j % 2, piece = lane % 8;
-    const long long query = (long long)(first_row + row) * num_heads + head_of(row, j);
-    cp_async_16(q_shared + column * 128 + (piece ^ column % 8) * 16, (const char*)q + query * 128 + piece * 16);
+    const int row = i / HEADS, j = i % HEADS, column = j / 2 * 8 + row * 2 + j % 2;
+    copy_query<HEADS>(queries, first_row + row, j, lane % 8, q_shared, column);
   }
 #pragma unroll 1
   for (int i = lane; i < rows_per_seq * HEADS; i += 32) {
-    const int row = i / HEADS, j = i % HEADS;
-    gates[i] = j < active_heads ? weights[(long long)(first_row + row) * num_heads + head_of(row, j)] : 0.f;
+    gates[i] = gate_of<HEADS>(queries, weights, shared_scale, first_row + i / HEADS, i % HEADS);
   }
   if (lane < rows_per_seq) seen[lane] = lengths[first_row + lane];
   asm volatile("cp.async.wait_all;" ::: "memory");

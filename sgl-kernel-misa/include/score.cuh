@@ -13,9 +13,10 @@ namespace misa {
 // acc is the accumulator of an m64 wgmma, rows `warp * 16 + rr * 8 + lane / 4`; out[g * 2 + rr] is the score of that row's
 // token for query g * 4 + lane % 4.
 //
-// x + |x| is 2 relu(x), exactly, and runs at twice the rate of max(x, 0); the scale takes the 2 back.
+// x + |x| is 2 relu(x), exactly, and runs at twice the rate of max(x, 0); the scale takes the 2 back. The last slot may be the
+// shared head's, which has no relu: `rectified` is 1 where it has one, and 0 where not.
 template <int HEADS, int GROUPS>
-__device__ __forceinline__ void sum_heads(const float* acc, const float* weights, const float* scale, float* out) {
+__device__ __forceinline__ void sum_heads(const float* acc, const float* weights, const float* scale, float rectified, float* out) {
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
 #pragma unroll
@@ -26,7 +27,8 @@ __device__ __forceinline__ void sum_heads(const float* acc, const float* weights
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const float dot = acc[(g * (HEADS / 2) + i) * 4 + rr * 2 + b];
-          sum = fmaf(weights[g * HEADS + i * 2 + b], dot + fabsf(dot), sum);
+          const bool last = i * 2 + b == HEADS - 1;
+          sum = fmaf(weights[g * HEADS + i * 2 + b], last ? fmaf(rectified, fabsf(dot), dot) : dot + fabsf(dot), sum);
         }
       }
       out[g * 2 + rr] = sum * (0.5f * scale[rr]);

@@ -71,7 +71,9 @@ __device__ __forceinline__ void classify(unsigned* plane0, unsigned* plane1, int
   if (threadIdx.x == 0) {
     result[0] = over ? high : under ? length - low : upper ? middle - high : low - middle;
     result[1] = k - (over ? 0 : under ? low : upper ? high : middle);
-    result[2] = !over && !under && !upper && threshold[1] == threshold[2];
+    // No score lies between two neighbours, and the low threshold counts as within.
+    result[2] = !over && !under &&
+                (upper ? ordered(threshold[1]) == key_below(ordered(threshold[0])) : threshold[1] == threshold[2]);
     result[3] = over || under ? 0 : upper ? 2 : 1;
   }
   __syncthreads();

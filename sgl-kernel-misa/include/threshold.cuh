@@ -35,7 +35,7 @@ __device__ __forceinline__ float middle_threshold(int samples, int length, int k
 }
 
 // Two bins at once: that of the `high_need`-th largest entry of one histogram and that of the `low_need`-th of another, which
-// may be the same one; both 16-byte aligned and with as many entries. result: bin and entries above it, of each.
+// may be the same one; both 16-byte aligned and with as many entries. result: bin, entries above it and entries in it, of each.
 template <int THREADS>
 __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* low_bins, int high_need, int low_need,
                                               unsigned long long* scratch, int* result) {
@@ -71,10 +71,12 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
     if (high_above < high_need && high_above + high[i] >= high_need) {  // of all bins, one
       result[0] = first + i;
       result[1] = high_above;
+      result[2] = high[i];
     }
     if (low_above < low_need && low_above + low[i] >= low_need) {
-      result[2] = first + i;
-      result[3] = low_above;
+      result[3] = first + i;
+      result[4] = low_above;
+      result[5] = low[i];
     }
     high_above += high[i];
     low_above += low[i];
@@ -86,12 +88,16 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
 // between them. A misjudgement costs time in `select`, nothing else. All the same: the scores that reach it are equal to it
 // or above.
 //
-// Two passes find the first 20 bits of the two outer scores, whose lower and upper edge do as well; only where these are the
-// same, as with many equal scores, more passes find the rest. bins: 2 * kThresholdBins, scratch: kScratch ints; both 16-byte
-// aligned.
+// Two passes find the first 20 bits of the two outer scores, whose lower and upper edge do as well. More passes find the rest
+// where more than `many` samples share those bits, which says that very many tokens may have one and the same score, a plateau.
+// `select` could not list these. So a plateau at an edge is cut off from the scores inside of it, by putting the middle
+// threshold beside it: what lies between the two is then the plateau and nothing else, and needs no second look (`classify`).
+// With a plateau at either edge the k-th score is sooner to be expected in the one that holds its rank of the samples.
+//
+// bins: 2 * kThresholdBins, scratch: kScratch ints; both 16-byte aligned.
 template <int THREADS>
-__device__ __forceinline__ void thresholds(const float* scores, int length, int k, int shift, int deviations, int* bins,
-                                           int* scratch, float* out) {
+__device__ __forceinline__ void thresholds(const float* scores, int length, int k, int shift, int deviations, int many,
+                                           int* bins, int* scratch, float* out) {
   constexpr int kBatch = 8;
   int* const low_bins = bins + kThresholdBins;
   int* const result = scratch + 32;
@@ -105,8 +111,9 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
   low_rank = min(low_rank, samples);
   int high_need = high_rank, low_need = low_rank, left = 32;
   unsigned high = 0, low = 0;
+  bool high_tied = false, low_tied = false;
 #pragma unroll 1
-  for (int digit = 0; digit < 2 || (high == low && left > 0); ++digit) {
+  for (int digit = 0; digit < 2 || ((high == low || high_tied || low_tied) && left > 0); ++digit) {
     const int width = min(left, kThresholdDigit);
     left -= width;
     const bool apart = high != low;
@@ -133,16 +140,28 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
                            reinterpret_cast<unsigned long long*>(scratch), result);
     high = high << width | (unsigned)result[0];
     high_need -= result[1];
-    low = low << width | (unsigned)result[2];
-    low_need -= result[3];
+    low = low << width | (unsigned)result[3];
+    low_need -= result[4];
+    high_tied = result[2] > many;
+    low_tied = result[5] > many;
   }
   if (threadIdx.x == 0) {
     // Numbers, whatever the samples and the bits not looked at are: between thresholds that are not, planes mean nothing.
     const unsigned upper_key = no_high ? kInfinity : high << left | ((1u << left) - 1), lower_key = no_low ? 0 : low << left;
     const float upper = from_ordered(min(max(upper_key, kLeastNumber), kInfinity));
     const float lower = from_ordered(min(max(lower_key, kLeastNumber), kInfinity));
+    float middle = upper;
+    if (!no_high && !no_low) {
+      middle = middle_threshold(samples, length, k, high_rank, low_rank, upper, lower);
+    }
+    // Samples that reach the high one: high_rank - high_need are above it.
+    const bool likely = high_rank - high_need + result[2] >= expected_rank(samples, length, k);
+    if (low_tied && !no_low) middle = lower;
+    if (high_tied && !no_high && high > kLeastNumber && high != low && (likely || !low_tied)) {
+      middle = from_ordered(key_below(high));
+    }
     out[0] = upper;
-    out[1] = no_high || no_low ? upper : middle_threshold(samples, length, k, high_rank, low_rank, upper, lower);
+    out[1] = middle;
     out[2] = lower;
   }
 }

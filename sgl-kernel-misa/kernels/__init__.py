@@ -32,6 +32,7 @@ from kernels.decode_select import get_decode_select_kernel
 from kernels.pool_blocks import get_pool_blocks_kernel
 from kernels.rerank import get_rerank_kernel
 from kernels.route import get_route_kernel
+from kernels.route_sampled import get_route_sampled_kernel
 from kernels.sample import get_sample_kernel
 from kernels.score import get_score_kernel
 from kernels.select import get_select_kernel
@@ -69,6 +70,10 @@ def _kernels() -> Dict[str, Kernel]:
     }
     for num_heads in NUM_HEADS:
         kernels[f"route_{num_heads}"] = Kernel(partial(get_route_kernel, num_heads))
+        # Shares its SMs with `decode_score` in decode.
+        kernels[f"route_sampled_{num_heads}"] = Kernel(
+            partial(get_route_sampled_kernel, num_heads), prefers_shared=True
+        )
     for ranks in DECODE_SELECT_RANKS:
         kernels[f"decode_select_{ranks}"] = Kernel(
             partial(get_decode_select_kernel, ranks), prefers_shared=True

@@ -66,6 +66,8 @@ def get_decode_score_kernel(heads: int):
         q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
+        shared_q: T.Tensor((rows, HEAD_DIM), T.float8_e4m3fn),
+        shared_scale: T.Tensor((rows,), T.float32),
         keys: T.StridedTensor(
             (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
         ),
@@ -80,6 +82,7 @@ def get_decode_score_kernel(heads: int):
         topk: T.int32,
         init_tokens: T.int32,
         local_tokens: T.int32,
+        shared: T.int32,
     ):
         with T.Kernel(blocks, threads=256) as cta:
             T.import_source(
@@ -221,11 +224,14 @@ def get_decode_score_kernel(heads: int):
                         q.data,
                         weights.data,
                         active.data,
+                        shared_q.data,
+                        shared_scale.data,
                         lengths.data,
                         sequence[NOTED_SEQUENCE],
                         rows_per_seq,
                         num_heads,
                         active_heads,
+                        shared,
                         q_shared.data,
                         i % depth,
                         T.address_of(gates[i % depth, 0]),
@@ -290,6 +296,7 @@ def get_decode_score_kernel(heads: int):
                         acc.data,
                         gate.data,
                         scale.data,
+                        T.cast(1 - shared, T.float32),
                         score.data,
                     )
                     T.call_extern(

@@ -50,7 +50,7 @@ def get_score_kernel(heads: int, mode: str):
         )
 
     @T.macro
-    def sum_heads(acc, gate, s_shared, empty, page, scores):
+    def sum_heads(acc, gate, s_shared, empty, page, rectified, scores):
         tx = T.get_thread_binding()
         token = tx % 128 // 32 * 16 + tx % 32 // 4
         scale = T.alloc_local((2,), T.float32)
@@ -66,6 +66,7 @@ def get_score_kernel(heads: int, mode: str):
             acc.data,
             gate.data,
             scale.data,
+            rectified,
             scores.data,
         )
 
@@ -86,12 +87,13 @@ def get_score_kernel(heads: int, mode: str):
         p0,
         page,
         num_pages,
+        rectified,
         init_tokens,
         local_tokens,
         out,
     ):
         """Sums a page's heads; then stores its scores, or adds its bits to the lane's words and these every 16th page."""
-        sum_heads(acc, gate, s_shared, empty, page, scores)
+        sum_heads(acc, gate, s_shared, empty, page, rectified, scores)
         tx = T.get_thread_binding()
         token = (p0 + page) * PAGE_SIZE + tx % 128 // 32 * 16 + tx % 32 // 4
         if planes:
@@ -140,6 +142,8 @@ def get_score_kernel(heads: int, mode: str):
         q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
+        shared_q: T.Tensor((rows, HEAD_DIM), T.float8_e4m3fn),
+        shared_scale: T.Tensor((rows,), T.float32),
         keys: T.StridedTensor(
             (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
         ),
@@ -157,9 +161,10 @@ def get_score_kernel(heads: int, mode: str):
         topk: T.int32,
         init_tokens: T.int32,
         local_tokens: T.int32,
+        shared: T.int32,
     ):
         with T.Kernel(tiles, splits, threads=384) as (bx, by):
-            T.import_source(include("score.cuh"))
+            T.import_source(include("queries.cuh", "score.cuh"))
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
             T.pdl_sync()
@@ -235,33 +240,40 @@ def get_score_kernel(heads: int, mode: str):
                     with T.ws(0, 1):
                         T.set_max_nreg(240, 1)
                         # Queries, 16 bytes a thread; the first pages are on their way meanwhile.
-                        for i in T.unroll(-(-2 * columns * 8 // 256)):
-                            c = (i * 256 + tx) // 8
-                            d = (i * 256 + tx) % 8 * 16
-                            if c < 2 * columns:
-                                j = c % (4 * heads) // 8 * 2 + c % 2
-                                row = T.min(
-                                    row0 + c // (4 * heads) * 4 + c % 8 // 2, row1 - 1
-                                )
-                                head = active[row, T.min(j, active_heads - 1)]
-                                for v in T.vectorized(16):
-                                    q_shared[c, d + v] = q[row, head, d + v]
-                        T.call_extern("handle", "misa::fence_async")
+                        T.call_extern(
+                            "handle",
+                            f"misa::copy_queries<{heads}, {2 * columns}, 256>",
+                            q.data,
+                            active.data,
+                            shared_q.data,
+                            num_heads,
+                            active_heads,
+                            shared,
+                            row0,
+                            row1,
+                            q_shared.data,
+                        )
                         T.call_extern("handle", "misa::sync_some<256>")
                         slot = bx * tile_rows + group * group_rows + tx % 4
+                        rectified = T.cast(1 - shared, T.float32)
                         shortest = 2147483647
                         for g in T.unroll(groups):
                             row = row0 + group * group_rows + g * 4 + tx % 4
                             length[g] = T.if_then_else(
                                 row < row1, lengths[T.min(row, row1 - 1)], 0
                             )
-                            for j in T.unroll(heads):
-                                gate[g * heads + j] = 0.0
-                                if j < active_heads:
-                                    gate[g * heads + j] = weights[
-                                        T.min(row, row1 - 1),
-                                        active[T.min(row, row1 - 1), j],
-                                    ]
+                            T.call_extern(
+                                "handle",
+                                f"misa::load_gates_of<{heads}>",
+                                weights.data,
+                                active.data,
+                                shared_scale.data,
+                                num_heads,
+                                active_heads,
+                                shared,
+                                T.min(row, row1 - 1),
+                                T.address_of(gate[g * heads]),
+                            )
                             if planes:
                                 high[g] = thresholds[slot + g * 4, 0]
                                 middle[g] = thresholds[slot + g * 4, 1]
@@ -292,6 +304,7 @@ def get_score_kernel(heads: int, mode: str):
                                     p0,
                                     i * 2,
                                     num_pages,
+                                    rectified,
                                     init_tokens,
                                     local_tokens,
                                     out,
@@ -313,6 +326,7 @@ def get_score_kernel(heads: int, mode: str):
                                     p0,
                                     i * 2 + 1,
                                     num_pages,
+                                    rectified,
                                     init_tokens,
                                     local_tokens,
                                     out,
@@ -346,6 +360,7 @@ def get_score_kernel(heads: int, mode: str):
                                     p0,
                                     i,
                                     num_pages,
+                                    rectified,
                                     init_tokens,
                                     local_tokens,
                                     out,

@@ -47,26 +47,7 @@ def get_select_kernel(heads: int, capacity: int):
     gather_keys = get_gather_keys(THREADS, TILE, STAGES)
 
     @T.macro
-    def load_queries(q, weights, active, row, q_shared, gate):
-        tx = T.get_thread_binding()
-        for i in T.serial(T.ceildiv(columns * 8, THREADS)):
-            c = (i * THREADS + tx) // 8
-            d = (i * THREADS + tx) % 8 * 16
-            j = c // 8 * 2 + c % 2
-            if c < columns:
-                for v in T.vectorized(16):
-                    q_shared[c, d + v] = T.float8_e4m3fn(0)
-                if c % 8 < 2:
-                    head = active[row, T.min(j, active_heads - 1)]
-                    for v in T.vectorized(16):
-                        q_shared[c, d + v] = q[row, head, d + v]
-        for j in T.unroll(heads):
-            gate[j] = 0.0
-            if j < active_heads:
-                gate[j] = weights[row, active[row, j]]
-
-    @T.macro
-    def store_scores(acc, gate, s_shared, scores, tile):
+    def store_scores(acc, gate, s_shared, scores, rectified, tile):
         """Entries that only fill up the last tile get scores too; nobody looks at them."""
         tx = T.get_thread_binding()
         entry = tx // 32 * 16 + tx % 32 // 4
@@ -80,6 +61,7 @@ def get_select_kernel(heads: int, capacity: int):
             acc.data,
             gate.data,
             scale.data,
+            rectified,
             score.data,
         )
         if tx % 4 == 0:
@@ -93,6 +75,8 @@ def get_select_kernel(heads: int, capacity: int):
         q: T.Tensor((rows, num_heads, HEAD_DIM), T.float8_e4m3fn),
         weights: T.Tensor((rows, num_heads), T.float32),
         active: T.Tensor((rows, active_heads), T.int32),
+        shared_q: T.Tensor((rows, HEAD_DIM), T.float8_e4m3fn),
+        shared_scale: T.Tensor((rows,), T.float32),
         keys: T.StridedTensor(
             (pages, PAGE_SIZE, HEAD_DIM), (PAGE_BYTES, HEAD_DIM, 1), T.float8_e4m3fn
         ),
@@ -109,11 +93,13 @@ def get_select_kernel(heads: int, capacity: int):
         init_tokens: T.int32,
         local_tokens: T.int32,
         form: T.int32,
+        shared: T.int32,
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
             T.import_source(
                 include(
                     "gather.cuh",
+                    "queries.cuh",
                     "score.cuh",
                     "select.cuh",
                     kDigits=DIGITS,
@@ -187,8 +173,30 @@ def get_select_kernel(heads: int, capacity: int):
                     T.address_of(out[row, 0]),
                 )
             if length > topk:
-                load_queries(q, weights, active, row, q_shared, gate)
-                T.call_extern("handle", "misa::fence_async")
+                T.call_extern(
+                    "handle",
+                    f"misa::copy_queries_of_row<{heads}, {THREADS}>",
+                    q.data,
+                    active.data,
+                    shared_q.data,
+                    num_heads,
+                    active_heads,
+                    shared,
+                    row,
+                    q_shared.data,
+                )
+                T.call_extern(
+                    "handle",
+                    f"misa::load_gates_of<{heads}>",
+                    weights.data,
+                    active.data,
+                    shared_scale.data,
+                    num_heads,
+                    active_heads,
+                    shared,
+                    row,
+                    gate.data,
+                )
                 if tx == 0:
                     listed[0] = 0
                 words = (length + SPAN - 1) // SPAN * 32
@@ -285,7 +293,14 @@ def get_select_kernel(heads: int, capacity: int):
                                     clear_accum=True,
                                     policy=T.GemmWarpPolicy.FullRow,
                                 )
-                                store_scores(acc, gate, s_shared, scores, b)
+                                store_scores(
+                                    acc,
+                                    gate,
+                                    s_shared,
+                                    scores,
+                                    T.cast(1 - shared, T.float32),
+                                    b,
+                                )
                                 T.sync_threads()
                             if init_tokens + local_tokens > 0:
                                 T.call_extern(

@@ -1,6 +1,7 @@
 """Three thresholds a row, from its sampled scores: between them lies the k-th score, or `select` will notice."""
 
 import tilelang.language as T
+
 from kernels.dimensions import dimensions
 from kernels.headers import SCRATCH, include
 
@@ -27,6 +28,7 @@ def get_threshold_kernel():
         topk: T.int32,
         sample_shift: T.int32,
         deviations: T.int32,
+        many: T.int32,
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
             T.import_source(include("threshold.cuh", kThresholdBins=THRESHOLD_BINS))
@@ -60,6 +62,7 @@ def get_threshold_kernel():
                         topk,
                         sample_shift,
                         deviations,
+                        many,
                         T.address_of(bins[0]),
                         T.address_of(scratch[0]),
                         T.address_of(out[slot, 0]),

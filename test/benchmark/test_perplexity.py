@@ -14,10 +14,10 @@ from fake_server import FakeServer
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
 from perplexity import summarize, window_ends
-from sglang_misa.server import misa_args, serve
 
 from sglang.srt.layers.misa.config import MisaConfig
-from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV
+from sglang.srt.layers.misa.environment import EVAL_SELECTION
+from sglang_misa.server import misa_args, serve
 
 BOS = 300
 
@@ -155,7 +155,7 @@ def test_a_server(tiny_model, tmp_path):
         tmp_path,
         *misa_args(MisaConfig(active_heads=4)),
         *("--chunked-prefill-size", "512"),
-        env={EVAL_SELECTION_ENV: "heaviest-heads"},
+        env={EVAL_SELECTION: "heaviest-heads"},
     ) as server:
         command = [sys.executable, BENCHMARK / "perplexity.py", "--url", server.url]
         command += ["--text", ROOT / "LICENSE", "--output", output]

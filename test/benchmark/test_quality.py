@@ -16,12 +16,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 QUALITY = ROOT / "benchmark" / "quality"
 
-from sglang_misa.server import misa_args, serve
-
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
-from sglang.srt.layers.misa.evaluation import random_heads
+from sglang.srt.layers.misa.evaluation.selections import random_heads
 from sglang.srt.layers.misa.testing.recall import share_of_dsa
+from sglang_misa.server import misa_args, serve
 
 CHECKPOINT = ROOT / "scripts" / "mini_dsa" / "checkpoint"
 CONTEXTS = (2560, 4096)

@@ -27,8 +27,8 @@ from recall import (
 )
 
 from sglang.srt.layers.misa import reference
-from sglang.srt.layers.misa.capture import ATTENTION_STRIDE
-from sglang.srt.layers.misa.evaluation import heaviest_heads
+from sglang.srt.layers.misa.evaluation.capture import ATTENTION_STRIDE
+from sglang.srt.layers.misa.evaluation.selections import heaviest_heads
 from sglang.srt.layers.misa.testing.recall import recall
 
 TOPK = 128

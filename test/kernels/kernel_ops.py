@@ -19,6 +19,34 @@ def route(batch: Batch, active_heads: int, block_size: int) -> torch.Tensor:
     )
 
 
+def route_sampled(batch: Batch, active_heads: int):
+    """heads, shared_q, shared_scale"""
+    return sgl_kernel_misa.route_sampled(
+        batch.q,
+        batch.weights,
+        batch.index_k,
+        batch.page_table,
+        batch.cu_rows,
+        batch.lengths,
+        active_heads,
+    )
+
+
+def route_sampled_topk_decode(batch: Batch, active_heads: int, topk: int, **options):
+    """For a batch whose sequences have equally many rows -> heads, shared_q, shared_scale, selection."""
+    return sgl_kernel_misa.route_sampled_topk_decode(
+        batch.q,
+        batch.weights,
+        batch.index_k,
+        batch.page_table,
+        len(batch.q) // len(batch.page_table),
+        batch.lengths,
+        active_heads,
+        topk,
+        **options,
+    )
+
+
 def topk_prefill(batch: Batch, heads, topk: int, **options) -> torch.Tensor:
     return sgl_kernel_misa.topk_prefill(
         batch.q,

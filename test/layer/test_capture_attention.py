@@ -13,10 +13,10 @@ BENCHMARK = ROOT / "benchmark" / "quality"
 from mini_dsa.model import Attention, Config, MiniDsa
 from mini_dsa.tokenizer import write_tokenizer
 from recall import dense_attention
-from sglang_misa.server import serve, tokens
 from tiny_model import make_weights
 
-from sglang.srt.layers.misa.capture import ATTENTION_STRIDE, Recorder
+from sglang.srt.layers.misa.evaluation.capture import ATTENTION_STRIDE, Recorder
+from sglang_misa.server import serve, tokens
 
 TOPK, LENGTH = 256, 1100
 

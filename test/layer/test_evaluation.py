@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from sglang.srt.layers.misa import evaluation, reference
+from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.batch import Batch
 from sglang.srt.layers.misa.config import MisaConfig
-from sglang.srt.layers.misa.evaluation import (
-    EVAL_SELECTION_ENV,
-    SELECTIONS,
+from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
+from sglang.srt.layers.misa.evaluation import selections
+from sglang.srt.layers.misa.evaluation.selections import (
     EvaluationIndexer,
     heaviest_heads,
     random_heads,
@@ -19,12 +19,6 @@ from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
 from sglang_misa.server import misa_args, serve, tokens
 
 TOPK, HEADS = 128, 3
-
-
-@pytest.fixture(autouse=True)
-def first_rows(monkeypatch):
-    """No layer has selected yet."""
-    monkeypatch.setattr(evaluation, "_heaviest", {})
 
 
 def by_heads(inputs, heads, **forced):
@@ -69,7 +63,7 @@ def batch_of(sequences):
 @pytest.mark.parametrize("kind", KINDS)
 def test_selects_as_defined(name, kind, monkeypatch):
     # Some rows at a time, so that rows of a sequence are not all in one chunk.
-    monkeypatch.setattr(evaluation, "CHUNK_SCORES", 4 * 9000)
+    monkeypatch.setattr(selections, "CHUNK_SCORES", 4 * 9000)
     # More tokens than are in HISA's 64 blocks, and fewer.
     sequences = [
         make_inputs(kind, rows, 8, length, seed=length)
@@ -115,10 +109,10 @@ def test_heads_of_the_controls():
 def test_the_heaviest_heads_stay():
     short = make_inputs("random", 6, 8, TOPK, seed=2)
     first, later = (make_inputs("random", 6, 8, 700, seed=i) for i in range(2))
-    chosen = []
+    chosen, heaviest = [], {}
     for layer, inputs in ((0, short), (0, first), (0, later), (1, later)):
         q, weights, index_k, batch = batch_of([inputs])
-        indexer = EvaluationIndexer("heaviest-heads", HEADS, TOPK, {}, layer)
+        indexer = EvaluationIndexer("heaviest-heads", HEADS, TOPK, {}, layer, heaviest)
         chosen.append(indexer.select(q, weights, index_k, None, batch).heads.long())
     # A prompt of which all is selected says nothing of the heads to come.
     assert torch.equal(chosen[0][0], heaviest_heads(short.weights, HEADS))
@@ -137,7 +131,7 @@ def test_on_a_gpu_up_to_ties(name):
     heads = EvaluationIndexer(name, 8, 2048, {}, 0)._heads(inputs.weights, lengths)
     if heads is not None:
         scored = *reference.of_heads(*inputs[:2], heads), *inputs[2:4]
-    ours, exact = evaluation.token_scores(*scored), reference.token_scores(*scored)
+    ours, exact = selections.token_scores(*scored), reference.token_scores(*scored)
     assert (ours - exact).abs().max() < 1e-4 * exact.abs().max()
     q, weights, index_k, batch = batch_of([make_inputs("random", 700, 64, 9000)])
     tensors = batch.page_table, batch.cu_rows, batch.lengths
@@ -161,12 +155,12 @@ def test_hisa_in_a_server(tiny_model, tmp_path):
         tmp_path,
         *misa_args(MisaConfig(active_heads=4)),
         *("--chunked-prefill-size", "512"),
-        env={EVAL_SELECTION_ENV: "hisa"},
+        env={EVAL_SELECTION: "hisa"},
     ) as server:
         assert len(server.generate(tokens(1100), 6)["output_ids"]) == 6
         records, log = server.records(), server.log.read_text()
         variant = server.variant()
-    assert "MISA is NOT what selects" in log and f"{EVAL_SELECTION_ENV}=hisa" in log
+    assert "MISA is NOT what selects" in log and f"{EVAL_SELECTION}=hisa" in log
     assert "MISA is on" not in log
     assert tuple(variant.values()) == ("hisa", 0, 128, 0)
     for record in records:

@@ -1,5 +1,6 @@
 """Batches as SGLang hands them over: several sequences, padding rows, idle batches, every form of output."""
 
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ from checks import check_record
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
 from sglang.srt.layers.misa import hooks, reference
-from sglang.srt.layers.misa.capture import Recorder, load_records
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.evaluation import hooks as evaluation
+from sglang.srt.layers.misa.evaluation.capture import load_records
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
 from sglang.srt.layers.misa.pooled_keys import PooledKeys
 from sglang.srt.layers.misa.testing.batches import write_pages
@@ -50,8 +52,9 @@ class Batch:
             misa_pooled_keys=pooled_keys,
             get_index_k_with_scale_buffer=lambda layer_id: index_k,
         )
-        monkeypatch.setattr(hooks, "get_token_to_kv_pool", lambda: pool)
-        monkeypatch.setattr(hooks, "_config", lambda: config)
+        for module in (hooks, evaluation):
+            monkeypatch.setattr(module, "get_token_to_kv_pool", lambda: pool)
+        monkeypatch.setattr(hooks, "active_config", lambda: config)
         self.config, self.monkeypatch = config, monkeypatch
         self.rids = None
         self.forced = dict(zip(("init_tokens", "local_tokens"), forced))
@@ -118,14 +121,15 @@ class Batch:
         return torch.cat(selected)
 
     def recorded(self, select, tmp_path):
-        """What `select` returns while the recorder runs, and the records."""
-        recorder = Recorder(tmp_path / "records")
+        """What `select` returns while it is recorded, and the records."""
+        recording = evaluation.Recording(tmp_path / "records")
+        around = functools.partial(recording.select, hooks.select)
         self.rids = [f"request-{i}" for i in range(len(self.rows))]
         with self.monkeypatch.context() as patch:
-            patch.setattr(hooks, "active_recorder", lambda: recorder)
+            patch.setattr(hooks, "select", around)
             out = select()
         self.rids = None
-        return out, load_records(recorder.directory)
+        return out, load_records(recording.recorder.directory)
 
     def check(self, out, select, tmp_path):
         """The positions that `select` returned are those defined: bit for bit on a CPU, up to ties on a GPU."""
@@ -257,29 +261,53 @@ def test_fused_output_is_offsets_where_keys_are_ragged(device, monkeypatch, tmp_
     assert torch.equal(recorded, out)
 
 
+def test_sglangs_own_selection_is_recorded(device, monkeypatch, tmp_path):
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, config=None)
+    monkeypatch.setattr(evaluation, "active_config", lambda: None)
+    recording = evaluation.Recording(tmp_path / "records")
+    chosen = torch.randint(100, (sum(EXTENDS), TOPK), dtype=torch.int32, device=device)
+    q, weights = batch.stacked("q", 0), batch.stacked("weights", 0)[:, :, None]
+
+    def after(rids, **metadata):
+        args = batch.indexer, False, SimpleNamespace(rids=rids), LAYER, q, weights
+        recording.after_ragged(chosen, *args, batch.metadata(PAGED, **metadata), None)
+
+    # The warm-up of a CUDA graph, which belongs to no request.
+    after(None)
+    assert not (tmp_path / "records").exists()
+    after(["a", "b", "c", "d"])
+    records = load_records(tmp_path / "records")
+    assert [record["rid"] for record in records] == ["a", "b", "c", "d"]
+    positions = torch.cat([record["positions"] for record in records])
+    assert torch.equal(positions, chosen.cpu())
+    with envs.SGLANG_DSA_FUSE_TOPK.override(True):
+        with pytest.raises(RuntimeError, match="set SGLANG_DSA_FUSE_TOPK=false"):
+            after(["a", "b", "c", "d"], unfused=False)
+    # What MISA chose is recorded where it chooses.
+    monkeypatch.setattr(evaluation, "active_config", lambda: CONFIG)
+    after(["e", "f", "g", "h"])
+    assert len(load_records(tmp_path / "records")) == 4
+
+
 def test_sglang_is_left_alone_without_misa(monkeypatch):
-    monkeypatch.setattr(hooks, "_config", lambda: None)
-    result = object()
-    metadata = SimpleNamespace()
-    args = [
-        SimpleNamespace(),
-        None,
-        SimpleNamespace(rids=None),
-        0,
-        None,
-        None,
-        metadata,
-    ]
-    assert hooks.select_ragged(lambda *given: result, *args) is result
-    args.pop(1)
-    assert hooks.select_paged(lambda *given: result, *args) is result
+    monkeypatch.setattr(hooks, "active_config", lambda: None)
+    given = []
+
+    def original(*args):
+        given.append(args)
+        return "result"
+
+    args = tuple(object() for _ in range(8))
+    assert hooks.select_ragged(original, *args) == "result"
+    assert hooks.select_paged(original, *args[:6]) == "result"
+    assert given == [args, args[:6]]
     assert hooks.create_pooled_keys(None, SimpleNamespace()) is None
     assert hooks.add_pooled_keys_size(10, SimpleNamespace()) is None
     assert hooks.add_pooled_keys_cell_size(10, None, None, 3) is None
 
 
 def test_pooled_keys_are_counted(monkeypatch):
-    monkeypatch.setattr(hooks, "_config", lambda: CONFIG)
+    monkeypatch.setattr(hooks, "active_config", lambda: CONFIG)
     pages = [torch.zeros(10, 64 * 132, dtype=torch.uint8)] * 3
     pool = SimpleNamespace(index_k_with_scale_buffer=pages)
     hooks.create_pooled_keys(None, pool)

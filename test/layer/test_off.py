@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sglang_misa.server import serve, server_env, tokens
 
 pytestmark = pytest.mark.skipif(

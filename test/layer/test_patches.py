@@ -13,13 +13,21 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
-from sglang.srt.layers.misa import doctor, patches, plugin, process
+from sglang.srt.layers.misa import (
+    doctor,
+    environment,
+    patches,
+    patching,
+    plugin,
+    process,
+)
+from sglang.srt.layers.misa.evaluation.patches import patches as evaluation_patches
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 
 
 def test_all_hooks_engage():
-    assert patches.problems() == []
-    patches.check_engaged()
+    assert patching.problems() == []
+    patching.check_engaged()
 
 
 @pytest.mark.parametrize("patch", patches.PATCHES, ids=lambda patch: patch.target)
@@ -28,7 +36,7 @@ def test_a_hook_that_did_not_engage(patch, monkeypatch, capsys):
     original = getattr(getattr(owner, name), "__wrapped__", object)
     monkeypatch.setattr(owner, name, original)
     with pytest.raises(RuntimeError) as error:
-        patches.check_engaged()
+        patching.check_engaged()
     assert patch.target in str(error.value)
     # SGLang runs as many processes: which of them was it?
     assert f"process {os.getpid()} (" in str(error.value)
@@ -41,7 +49,7 @@ def test_a_target_that_is_gone(patch, monkeypatch):
     owner, name = patch.owner()
     monkeypatch.delattr(owner, name)
     with pytest.raises(RuntimeError, match="did not engage"):
-        patches.check_engaged()
+        patching.check_engaged()
 
 
 @pytest.mark.parametrize(
@@ -49,15 +57,44 @@ def test_a_target_that_is_gone(patch, monkeypatch):
 )
 def test_an_owner_that_is_gone(target, monkeypatch):
     patch = patches.PATCHES[0]._replace(target=target)
-    monkeypatch.setattr(patches, "PATCHES", (patch,))
+    monkeypatch.setattr(patching, "_registered", [patch])
     with pytest.raises(RuntimeError, match=f"{target} did not engage"):
-        patches.check_engaged()
+        patching.check_engaged()
 
 
 def test_an_unknown_sglang(monkeypatch):
-    monkeypatch.setattr(patches, "sglang_version", "0.6.0")
+    monkeypatch.setattr(patching, "sglang_version", "0.6.0")
     with pytest.raises(RuntimeError, match="SGLang 0.6.0 .* install sglang==0.5.17"):
-        patches.check_engaged()
+        patching.check_engaged()
+
+
+def test_a_process_without_the_plugin(monkeypatch, capsys):
+    monkeypatch.setattr(patching, "_registered", [])
+    with pytest.raises(RuntimeError, match="SGLang has not loaded the plugin here"):
+        patching.check_engaged()
+    assert doctor.main() == 1
+    assert patches.PATCHES[0].target in capsys.readouterr().out
+
+
+EVALUATION = [
+    (environment.EVAL_SELECTION, "hisa", "selects otherwise"),
+    (environment.CAPTURE_DIR, "records", "records what MISA chose"),
+]
+
+
+@pytest.mark.parametrize("variable, value, reason", EVALUATION)
+def test_hooks_of_the_evaluation(variable, value, reason, monkeypatch, tmp_path):
+    """They are registered where their variable is set, and create nothing before they run."""
+    monkeypatch.chdir(tmp_path)
+    for name in (environment.EVAL_SELECTION, environment.CAPTURE_DIR):
+        monkeypatch.delenv(name, raising=False)
+    assert evaluation_patches() == []
+    monkeypatch.setenv(variable, value)
+    assert reason in [patch.reason for patch in evaluation_patches()]
+    for patch in evaluation_patches():
+        owner, name = patch.owner()
+        assert callable(getattr(owner, name))
+    assert not list(tmp_path.iterdir())
 
 
 def test_doctor_says_ready(capsys):
@@ -128,7 +165,7 @@ class Model(torch.nn.Module):
 
 
 def test_objects_of_the_hooked_classes_pass():
-    patches.check_objects(Model(Indexer), Pool())
+    patching.check_objects(Model(Indexer), Pool())
 
 
 def test_a_subclass_with_a_method_of_its_own():
@@ -141,13 +178,13 @@ def test_a_subclass_with_a_method_of_its_own():
             pass
 
     with pytest.raises(RuntimeError, match="OtherIndexer._get_topk_paged bypasses"):
-        patches.check_objects(Model(OtherIndexer), Pool())
+        patching.check_objects(Model(OtherIndexer), Pool())
     with pytest.raises(RuntimeError, match="OtherPool.get_kv_size_bytes bypasses"):
-        patches.check_objects(Model(Indexer), OtherPool())
+        patching.check_objects(Model(Indexer), OtherPool())
 
 
 def test_a_model_or_a_pool_without_an_indexer():
     with pytest.raises(RuntimeError, match="no DSA indexer"):
-        patches.check_objects(torch.nn.Linear(1, 1), Pool())
+        patching.check_objects(torch.nn.Linear(1, 1), Pool())
     with pytest.raises(RuntimeError, match="no DSA indexer"):
-        patches.check_objects(Model(Indexer), object())
+        patching.check_objects(Model(Indexer), object())

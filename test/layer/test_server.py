@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from checks import check_records, covered, selections
-from sglang_misa.server import misa_args, serve, tokens
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang_misa.server import misa_args, serve, tokens
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="runs on the CPU engine; see test_server_gpu.py"

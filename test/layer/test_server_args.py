@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_misa.server import server_env
 
 from sglang.srt.layers.misa import operations, process
 from sglang.srt.layers.misa import server_args as module
 from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
-from sglang.srt.layers.misa.evaluation import EVAL_SELECTION_ENV, SELECTIONS
+from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
 from sglang.srt.server_args import ServerArgs
+from sglang_misa.server import server_env
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="resolves arguments for the CPU engine"
@@ -184,14 +184,14 @@ EVALUATIONS = [
 
 @pytest.mark.parametrize("name, flags, remedy", EVALUATIONS)
 def test_evaluation(parse, name, flags, remedy, monkeypatch):
-    monkeypatch.setenv(EVAL_SELECTION_ENV, name)
+    monkeypatch.setenv(EVAL_SELECTION, name)
     message = refusal(parse, flags)
-    assert f"{EVAL_SELECTION_ENV}" in message and remedy in message
-    monkeypatch.setenv(EVAL_SELECTION_ENV, "heaviest-heads")
+    assert f"{EVAL_SELECTION}" in message and remedy in message
+    monkeypatch.setenv(EVAL_SELECTION, "heaviest-heads")
     parse("--misa-active-heads 4")
     if name in SELECTIONS:
         # Without an evaluation the same flags do.
-        monkeypatch.setenv(EVAL_SELECTION_ENV, "")
+        monkeypatch.setenv(EVAL_SELECTION, "")
         parse(flags)
 
 
@@ -200,9 +200,9 @@ def test_evaluation_without_misa(model, monkeypatch):
 
     from sglang.srt.server_args import prepare_server_args
 
-    monkeypatch.setenv(EVAL_SELECTION_ENV, "hisa")
+    monkeypatch.setenv(EVAL_SELECTION, "hisa")
     message = refusal(prepare_server_args, ["--model-path", model, *FLAGS])
-    assert f"{EVAL_SELECTION_ENV} is set" in message
+    assert f"{EVAL_SELECTION} is set" in message
     assert "add --enable-misa" in message
 
 

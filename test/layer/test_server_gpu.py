@@ -6,9 +6,9 @@ import pytest
 import torch
 from checks import check_record
 from conftest import needs_gpu
-from sglang_misa.server import misa_args, serve, tokens
 
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang_misa.server import misa_args, serve, tokens
 
 pytestmark = needs_gpu
 

@@ -43,13 +43,27 @@ def queries(q: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor) -> No
     tensor("lengths", lengths, torch.int32, (rows,))
 
 
-def heads(value: Optional[torch.Tensor], q: torch.Tensor) -> None:
+def heads(
+    value: Optional[torch.Tensor],
+    q: torch.Tensor,
+    shared_q: Optional[torch.Tensor] = None,
+    shared_scale: Optional[torch.Tensor] = None,
+) -> None:
+    require(
+        (shared_q is None) == (shared_scale is None),
+        "shared_q and shared_scale come together",
+    )
+    shared = shared_q is not None
+    if shared_q is not None and shared_scale is not None:
+        tensor("shared_q", shared_q, torch.float8_e4m3fn, (q.shape[0], HEAD_DIM))
+        tensor("shared_scale", shared_scale, torch.float32, (q.shape[0],))
+        require(value is not None, "all heads leave none to share")
     if value is not None:
         tensor("heads", value, torch.int32, (q.shape[0], None))
-        count = value.shape[1]
+        least, most = (0, q.shape[1] - 1) if shared else (1, q.shape[1])
         require(
-            1 <= count <= q.shape[1],
-            f"heads must name 1 to {q.shape[1]} heads a row, not {count}",
+            least <= value.shape[1] <= most,
+            f"heads must name {least} to {most} heads a row, not {value.shape[1]}",
         )
 
 

@@ -21,12 +21,8 @@ from sgl_kernel_misa.device import cluster_ranks, num_sms
 from sgl_kernel_misa.library import launch
 from sgl_kernel_misa.registration import launching, operation
 from sgl_kernel_misa.routing import checked_heads, launch_decode_route
-from sgl_kernel_misa.tensors import (
-    all_heads,
-    keys_and_scales,
-    no_offsets,
-    padded_heads,
-)
+from sgl_kernel_misa.sampled_routing import checked_slots, launch_route_sampled
+from sgl_kernel_misa.tensors import keys_and_scales, no_offsets, slots
 
 
 @operation()
@@ -40,6 +36,8 @@ def topk_decode(
     lengths: torch.Tensor,
     topk: int,
     *,
+    shared_q: Optional[torch.Tensor] = None,
+    shared_scale: Optional[torch.Tensor] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
@@ -58,14 +56,16 @@ def topk_decode(
         ValueError: a dtype, a shape or a number is wrong.
     """
     checks.queries(q, weights, lengths)
-    checks.heads(heads, q)
+    checks.heads(heads, q, shared_q, shared_scale)
     _check_cache(q, index_k, page_table, rows_per_seq)
     out = checks.selection(lengths, topk, output, offsets)
     if launching(q):
         _launch_select(
             q,
             weights,
-            all_heads(q) if heads is None else heads,
+            heads,
+            shared_q,
+            shared_scale,
             index_k,
             page_table,
             rows_per_seq,
@@ -127,6 +127,8 @@ def route_topk_decode(
             q,
             weights,
             heads,
+            None,
+            None,
             index_k,
             page_table,
             rows_per_seq,
@@ -140,6 +142,57 @@ def route_topk_decode(
             offsets=offsets,
         )
     return heads, out
+
+
+@operation()
+def route_sampled_topk_decode(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    rows_per_seq: int,
+    lengths: torch.Tensor,
+    active_heads: int,
+    topk: int,
+    *,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`route_sampled`, then `topk_decode` with its heads, faster than the two: the keys begin to stream while the router works.
+
+    Returns:
+        heads, shared_q and shared_scale as of `route_sampled`, bit for bit, and the selection, int32 [T, topk].
+
+    Raises:
+        ValueError: a dtype, a shape or a number is wrong.
+    """
+    routed = checked_slots(q, weights, lengths, active_heads)
+    _check_cache(q, index_k, page_table, rows_per_seq)
+    out = checks.selection(lengths, topk, output, offsets)
+    if launching(q):
+        dealt = lengths.new_empty(1)
+        launch_route_sampled(
+            q, weights, index_k, page_table, rows_per_seq, lengths, *routed, dealt
+        )
+        _launch_select(
+            q,
+            weights,
+            *routed,
+            index_k,
+            page_table,
+            rows_per_seq,
+            lengths,
+            out,
+            dealt=dealt,
+            routed=True,
+            init_tokens=init_tokens,
+            local_tokens=local_tokens,
+            output=output,
+            offsets=offsets,
+        )
+    return *routed, out
 
 
 def score_blocks(heads: int, sms: int) -> int:
@@ -177,7 +230,9 @@ def _check_cache(
 def _launch_select(
     q: torch.Tensor,
     weights: torch.Tensor,
-    heads: torch.Tensor,
+    heads: Optional[torch.Tensor],
+    shared_q: Optional[torch.Tensor],
+    shared_scale: Optional[torch.Tensor],
     index_k: torch.Tensor,
     page_table: torch.Tensor,
     rows_per_seq: int,
@@ -209,12 +264,12 @@ def _launch_select(
         table_stride=page_table.stride(0),
     )
     scores = weights.new_empty(rows, width)
-    compiled = padded_heads(heads.shape[1])
+    compiled, slots_of = slots(q, weights, heads, shared_q, shared_scale)
     launch(
         f"decode_score_{compiled}",
         q=q,
         weights=weights,
-        active=heads,
+        **slots_of,
         keys=keys,
         scales=scales,
         **table,
@@ -228,9 +283,7 @@ def _launch_select(
         init_tokens=init_tokens,
         local_tokens=local_tokens,
         rows=rows,
-        num_heads=q.shape[1],
         pages=index_k.shape[0],
-        active_heads=heads.shape[1],
         width=width,
     )
     launch(

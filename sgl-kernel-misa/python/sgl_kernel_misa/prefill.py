@@ -20,12 +20,7 @@ from sgl_kernel_misa.constants import (
 from sgl_kernel_misa.device import num_sms
 from sgl_kernel_misa.library import launch
 from sgl_kernel_misa.registration import launching, operation
-from sgl_kernel_misa.tensors import (
-    all_heads,
-    keys_and_scales,
-    no_offsets,
-    padded_heads,
-)
+from sgl_kernel_misa.tensors import keys_and_scales, no_offsets, slots
 
 # Rows are taken in chunks, so that the workspace does not grow with the batch. A constant: nothing may depend on how much
 # memory happens to be free.
@@ -47,6 +42,8 @@ def topk_prefill(
     topk: int,
     *,
     max_context: Optional[int] = None,
+    shared_q: Optional[torch.Tensor] = None,
+    shared_scale: Optional[torch.Tensor] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
@@ -54,12 +51,13 @@ def topk_prefill(
 ) -> torch.Tensor:
     """The `topk` tokens of highest score of every row of an extend batch.
 
-    I[t,s] = k_scale[s] * sum over the row's heads of weights[t,j] * relu(q[t,j] . k[s]). Equal scores are broken in
-    favour of the lower position. Rows that see at most `topk` tokens select all of them.
+    I[t,s] = k_scale[s] * (sum over the row's heads of weights[t,j] * relu(q[t,j] . k[s]) + shared_scale[t] * (shared_q[t] . k[s]))
+    Equal scores are broken in favour of the lower position. Rows that see at most `topk` tokens select all of them.
 
     Args:
         topk: a multiple of 64 up to 16384.
         max_context: bound on `lengths` that the host knows, which bounds the workspace; P * 64 by default.
+        shared_q, shared_scale: the shared head, as `route_sampled` makes it; both or neither.
         init_tokens, local_tokens: so many tokens at the start and at the end of what a row sees score +inf.
         output: "positions"; "slots" of the cache, page_table[b, p // 64] * 64 + p % 64; "ragged", p + offsets[t].
         offsets: int32 [T], for "ragged".
@@ -71,7 +69,7 @@ def topk_prefill(
         ValueError: a dtype, a shape or a number is wrong.
     """
     checks.queries(q, weights, lengths)
-    checks.heads(heads, q)
+    checks.heads(heads, q, shared_q, shared_scale)
     checks.cache(index_k)
     checks.sequences(page_table, cu_rows)
     batch, max_pages = page_table.shape
@@ -85,22 +83,19 @@ def topk_prefill(
     if not launching(q):
         return out
 
-    active = all_heads(q) if heads is None else heads
     rows = q.shape[0]
     spans = max(1, -(-context // SPAN))
     words = spans * SPAN // 32
     sms = num_sms(q.device)
-    scoring = padded_heads(active.shape[1])
+    scoring, slots_of = slots(q, weights, heads, shared_q, shared_scale)
     tile_rows = rows_per_tile(scoring)
     keys, scales = keys_and_scales(index_k)
     rows_of = dict(cu_rows=cu_rows, lengths=lengths)
     queries = dict(
         q=q,
         weights=weights,
-        active=active,
+        **slots_of,
         rows=rows,
-        num_heads=q.shape[1],
-        active_heads=active.shape[1],
     )
     table = dict(page_table=page_table, batch=batch, table_stride=page_table.stride(0))
 
@@ -126,10 +121,10 @@ def topk_prefill(
     slot_bytes = sample_pages * PAGE_SIZE * 4 + 2 * words * 4
     chunk = max(1, WORKSPACE_BYTES // (slot_bytes * tile_rows))
     chunk = min(chunk, tiles)
-    slots = chunk * tile_rows
-    sampled = weights.new_empty(slots, sample_pages * PAGE_SIZE)
-    thresholds = weights.new_empty(slots, 3)
-    planes = lengths.new_empty(slots, 2, words)
+    row_slots = chunk * tile_rows
+    sampled = weights.new_empty(row_slots, sample_pages * PAGE_SIZE)
+    thresholds = weights.new_empty(row_slots, 3)
+    planes = lengths.new_empty(row_slots, 2, words)
 
     # A block begins by collecting its queries, which takes as long as several pages: two waves of blocks, one for samples.
     span_pages = SPAN // PAGE_SIZE
@@ -150,7 +145,7 @@ def topk_prefill(
             max_pages=sample_pages,
             thresholds=thresholds,
             out=sampled,
-            slots=slots,
+            slots=row_slots,
             width=sample_pages * PAGE_SIZE,
             first_tile=first,
             tiles=count,
@@ -171,6 +166,8 @@ def topk_prefill(
             tile_rows=tile_rows,
             topk=topk,
             sample_shift=shift,
+            # A quarter of what fits on the chip may tie with a threshold before it is taken for a plateau.
+            many=capacity // 4 >> shift,
             # More candidates than fit are costly, too many above the high threshold are not while they fit.
             deviations=3 if topk + topk // 4 <= capacity else 5,
             rows=rows,
@@ -189,7 +186,7 @@ def topk_prefill(
             max_pages=max_pages,
             thresholds=thresholds,
             out=planes,
-            slots=slots,
+            slots=row_slots,
             width=words,
             first_tile=first,
             tiles=count,

@@ -1,6 +1,6 @@
 """Tensors as the kernels take them."""
 
-from typing import Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from sgl_kernel_misa.constants import PAGE_KEY_BYTES, SCORING_HEADS
@@ -20,6 +20,28 @@ def all_heads(q: torch.Tensor) -> torch.Tensor:
     """int32 [T, H]: every head of every row."""
     heads = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
     return heads.expand(q.shape[0], -1).contiguous()
+
+
+def slots(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    heads: Optional[torch.Tensor],
+    shared_q: Optional[torch.Tensor],
+    shared_scale: Optional[torch.Tensor],
+) -> Tuple[int, Dict[str, Any]]:
+    """The slots that a scoring kernel is compiled for, and what it takes to fill those of every row."""
+    active = all_heads(q) if heads is None else heads
+    shared = shared_q is not None
+    # Where there is no shared head, tensors of the same types stand for it, and are not read.
+    filled = dict(
+        active=active,
+        shared_q=shared_q if shared else q,
+        shared_scale=shared_scale if shared else weights,
+        shared=int(shared),
+        num_heads=q.shape[1],
+        active_heads=active.shape[1],
+    )
+    return padded_heads(active.shape[1] + shared), filled
 
 
 def padded_heads(count: int) -> int:

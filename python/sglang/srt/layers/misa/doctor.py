@@ -29,7 +29,8 @@ def main() -> int:
     load_plugins()
     try:
         from sglang.srt.layers.misa.operations import kernels_problem
-        from sglang.srt.layers.misa.patches import PATCHES, problems
+        from sglang.srt.layers.misa.patches import PATCHES
+        from sglang.srt.layers.misa.patching import problems, registered
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         print(
@@ -38,7 +39,7 @@ def main() -> int:
         if not gpu:
             print(NO_GPU)
         return 1
-    for patch in PATCHES:
+    for patch in registered() or PATCHES:
         state = "ok" if patch.engaged() else "FAILED"
         print(f"{state:7}{patch.kind.value:8} {patch.target}\n{'':16}{patch.reason}")
     found = problems()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, Optional
+from typing import Dict, Optional, Tuple
 
 import torch
 
@@ -58,52 +58,156 @@ class MisaIndexer:
             output: "positions" in the sequence, "slots" of the cache, or "ragged": positions plus offsets.
             offsets: int32 [T], for "ragged".
         """
-        config, form = self.config, {"output": output, "offsets": offsets}
+        config = self.config
+        form = {"output": output, "offsets": offsets}
         # Decode always routes. Rows that see at most topk tokens select all of them, whichever heads score.
         least, largest = batch.bounds or (config.min_context, config.min_context)
         some_dense = least < config.min_context and self.topk + 1 < config.min_context
         all_dense = largest < config.min_context
         if all_dense or config.active_heads >= q.shape[1]:
-            best = self._best(q, weights, None, index_k, batch, self.topk, **form)
+            best = self._best(
+                q=q,
+                weights=weights,
+                heads=None,
+                index_k=index_k,
+                batch=batch,
+                topk=self.topk,
+                **form,
+            )
             return Selection(best)
-        rows = q, weights, index_k, pooled_keys, batch
         if config.rerank_candidates:
-            heads, candidates = self._routed(*rows, config.rerank_candidates)
-            cache = index_k, batch.page_table, batch.cu_rows, batch.lengths
+            heads, candidates = self._routed(
+                q=q,
+                weights=weights,
+                index_k=index_k,
+                pooled_keys=pooled_keys,
+                batch=batch,
+                topk=config.rerank_candidates,
+            )
             indices = operations(q.device).rerank(
-                q, weights, candidates, *cache, self.topk, **form, **self.forced
+                q=q,
+                weights=weights,
+                candidates=candidates,
+                index_k=index_k,
+                page_table=batch.page_table,
+                cu_rows=batch.cu_rows,
+                lengths=batch.lengths,
+                topk=self.topk,
+                **form,
+                **self.forced,
             )
         else:
-            heads, indices = self._routed(*rows, self.topk, **form)
+            heads, indices = self._routed(
+                q=q,
+                weights=weights,
+                index_k=index_k,
+                pooled_keys=pooled_keys,
+                batch=batch,
+                topk=self.topk,
+                **form,
+            )
         if not some_dense:
             return Selection(indices, heads)
 
         # Rows that see too few tokens are not a contiguous part of the batch. All rows are scored again, as if none saw
         # more than those do: no row is gathered, and the host need not know which they are.
         dense = batch.lengths < config.min_context
-        short = batch.truncated(config.min_context - 1)
-        best = self._best(q, weights, None, index_k, short, self.topk, **form)
+        best = self._best(
+            q=q,
+            weights=weights,
+            heads=None,
+            index_k=index_k,
+            batch=batch.truncated(config.min_context - 1),
+            topk=self.topk,
+            **form,
+        )
         return Selection(torch.where(dense[:, None], best, indices), heads, dense)
 
-    def _routed(self, q, weights, index_k, pooled_keys, batch, topk, **form):
+    def _routed(
+        self,
+        *,
+        q: torch.Tensor,
+        weights: torch.Tensor,
+        index_k: torch.Tensor,
+        pooled_keys: torch.Tensor,
+        batch: Batch,
+        topk: int,
+        **form,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         """The active heads of every row, and the `topk` tokens of highest score by them."""
         ops, config = operations(q.device), self.config
-        active = config.active_heads, config.block_size
-        pages, lengths = batch.page_table, batch.lengths
         if batch.bounds is None:
-            cache = pooled_keys, index_k, pages, 1, lengths
-            options = {**form, **self.forced}
-            return ops.route_topk_decode(q, weights, *cache, *active, topk, **options)
-        rows = pooled_keys, pages, batch.cu_rows, lengths
-        heads = ops.route(q, weights, *rows, *active)
-        return heads, self._best(q, weights, heads, index_k, batch, topk, **form)
+            return ops.route_topk_decode(
+                q=q,
+                weights=weights,
+                pooled_keys=pooled_keys,
+                index_k=index_k,
+                page_table=batch.page_table,
+                rows_per_seq=1,
+                lengths=batch.lengths,
+                active_heads=config.active_heads,
+                block_size=config.block_size,
+                topk=topk,
+                **form,
+                **self.forced,
+            )
+        heads = ops.route(
+            q=q,
+            weights=weights,
+            pooled_keys=pooled_keys,
+            page_table=batch.page_table,
+            cu_rows=batch.cu_rows,
+            lengths=batch.lengths,
+            active_heads=config.active_heads,
+            block_size=config.block_size,
+        )
+        best = self._best(
+            q=q,
+            weights=weights,
+            heads=heads,
+            index_k=index_k,
+            batch=batch,
+            topk=topk,
+            **form,
+        )
+        return heads, best
 
-    def _best(self, q, weights, heads, index_k, batch, topk, **form) -> torch.Tensor:
+    def _best(
+        self,
+        *,
+        q: torch.Tensor,
+        weights: torch.Tensor,
+        heads: Optional[torch.Tensor],
+        index_k: torch.Tensor,
+        batch: Batch,
+        topk: int,
+        **form,
+    ) -> torch.Tensor:
         """The `topk` tokens of highest score by `heads`, or by all heads where that is None."""
-        options, rows = {**form, **self.forced}, (q, weights, heads)
-        cache, ops = (index_k, batch.page_table), operations(q.device)
+        ops = operations(q.device)
         if batch.bounds is None:
-            return ops.topk_decode(*rows, *cache, 1, batch.lengths, topk, **options)
-        cache = *cache, batch.cu_rows, batch.lengths
-        options["max_context"] = batch.bounds[1]
-        return ops.topk_prefill(*rows, *cache, topk, **options)
+            return ops.topk_decode(
+                q=q,
+                weights=weights,
+                heads=heads,
+                index_k=index_k,
+                page_table=batch.page_table,
+                rows_per_seq=1,
+                lengths=batch.lengths,
+                topk=topk,
+                **form,
+                **self.forced,
+            )
+        return ops.topk_prefill(
+            q=q,
+            weights=weights,
+            heads=heads,
+            index_k=index_k,
+            page_table=batch.page_table,
+            cu_rows=batch.cu_rows,
+            lengths=batch.lengths,
+            topk=topk,
+            max_context=batch.bounds[1],
+            **form,
+            **self.forced,
+        )

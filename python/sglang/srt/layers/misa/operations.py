@@ -11,11 +11,6 @@ import torch
 
 INSTALL_KERNELS = "pip install --no-build-isolation ./sgl-kernel-misa"
 
-# What the kernels are built for. The torch operations take anything.
-KERNEL_HEADS = (32, 64)
-KERNEL_MAX_TOPK = 16384
-KERNEL_TOPK_MULTIPLE = 64
-
 
 def operations(device: torch.device) -> ModuleType:
     """The module whose functions work on tensors of a device.
@@ -30,6 +25,19 @@ def operations(device: torch.device) -> ModuleType:
     from sglang.srt.layers.misa import torch_operations
 
     return torch_operations
+
+
+def kernel_limits() -> ModuleType:
+    """The constants of the kernels, among them what they are built for: NUM_HEADS of an indexer, and up to MAX_TOPK tokens.
+
+    The torch operations take anything.
+
+    Raises:
+        ImportError: sgl-kernel-misa is not installed.
+    """
+    from sgl_kernel_misa import constants
+
+    return constants
 
 
 def kernels_problem() -> Optional[str]:

@@ -12,11 +12,11 @@ def register() -> None:
     """
     try:
         # Imported here, so that an import that fails is seen here too.
+        from sglang.srt.layers.misa.evaluation.patches import patches
         from sglang.srt.layers.misa.patches import PATCHES
-        from sglang.srt.plugins.hook_registry import HookRegistry
+        from sglang.srt.layers.misa.patching import register as register_patches
 
-        for patch in PATCHES:
-            HookRegistry.register(patch.target, patch.hook, patch.kind)
+        register_patches([*PATCHES, *patches()])
     except Exception as error:
         if process.requires_misa:
             raise SystemExit(

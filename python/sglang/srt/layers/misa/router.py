@@ -1,4 +1,7 @@
-"""The router: which heads score the tokens of a query."""
+"""The router on a CPU: which heads score the tokens of a query, for `torch_operations`.
+
+On a GPU kernels decide. `reference.route` defines it, a row at a time; here all rows of a sequence are taken together.
+"""
 
 import torch
 

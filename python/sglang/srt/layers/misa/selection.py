@@ -1,6 +1,6 @@
-"""Exact top-k selection, and the forms in which SGLang's sparse attention takes it.
+"""Exact top-k selection on a CPU, and the forms in which SGLang's sparse attention takes it.
 
-Ties are broken in favour of the lower position, positions come out in ascending order, the result is a function of the
+For `torch_operations`, and for the evaluation on any device; on a GPU MISA selects in kernels. Ties are broken in favour of the lower position, positions come out in ascending order, the result is a function of the
 scores alone.
 """
 

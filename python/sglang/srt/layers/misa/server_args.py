@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from dataclasses import dataclass, fields
 from typing import Callable, NamedTuple, Optional
 
@@ -11,18 +12,10 @@ from sglang.srt.arg_groups.arg_utils import NS, A, add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import process
 from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
-from sglang.srt.layers.misa.evaluation import (
-    EVAL_SELECTION_ENV,
-    SELECTIONS,
-    eval_selection,
-)
+from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
-from sglang.srt.layers.misa.operations import (
-    KERNEL_HEADS,
-    KERNEL_MAX_TOPK,
-    KERNEL_TOPK_MULTIPLE,
-    kernels_problem,
-)
+from sglang.srt.layers.misa.operations import kernel_limits, kernels_problem
+from sglang.srt.layers.misa.patching import check_engaged
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import is_cpu, is_hip
@@ -49,12 +42,12 @@ class MisaArguments:
     ] = 8
     misa_block_size: A[
         int,
-        "Tokens in a block of pooled keys that the router looks at. A multiple of 64 up to 4194304.",
+        f"Tokens in a block of pooled keys that the router looks at. A multiple of 64 up to {MAX_CONTEXT}.",
         NS("exec.kernel"),
     ] = 1024
     misa_rerank_candidates: A[
         int,
-        "Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most 4194304, and on a GPU a multiple of 64 up to 16384.",
+        f"Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most {MAX_CONTEXT}, and on a GPU a multiple of 64 up to 16384.",
         NS("exec.kernel"),
     ] = 0
     misa_min_context: A[
@@ -84,7 +77,7 @@ def with_misa(base: type) -> type:
 def _restored(base: type, state: dict) -> MisaArguments:
     """Arguments from a pickle or a copy: a class that `with_misa` made has no name to be found by."""
     # They reach a scheduler before it loads its plugins; from here on it must not do without this one.
-    process.requires_misa = state["enable_misa"]
+    process.requires_misa |= state["enable_misa"]
     args = object.__new__(with_misa(base))
     args.__dict__.update(state)
     return args
@@ -127,10 +120,14 @@ def initialize(original, self, *args, **values) -> None:
         self.__init__(*args, **values, **misa)
         return
     original(self, *args, **values)
-    if eval_selection() is not None:
+    if _eval_selection() is not None:
         raise ValueError(
-            f"{EVAL_SELECTION_ENV} is set without --enable-misa; add --enable-misa or unset it."
+            f"{EVAL_SELECTION} is set without --enable-misa; add --enable-misa or unset it."
         )
+
+
+def _eval_selection() -> Optional[str]:
+    return os.environ.get(EVAL_SELECTION) or None
 
 
 def misa_config(server_args: ServerArgs) -> Optional[MisaConfig]:
@@ -218,17 +215,17 @@ REFUSALS = (
         "--enable-misa does its own scoring; drop --dsa-paged-mqa-logits-backend.",
     ),
     Refusal(
-        lambda args: (eval_selection() or "hisa") not in SELECTIONS,
-        f"--enable-misa knows no such {EVAL_SELECTION_ENV}; set it to {', '.join(SELECTIONS)} or unset it.",
+        lambda args: (_eval_selection() or "hisa") not in SELECTIONS,
+        f"--enable-misa knows no such {EVAL_SELECTION}; set it to {', '.join(SELECTIONS)} or unset it.",
     ),
     Refusal(
-        lambda args: eval_selection() is not None and _has_cuda_graphs(args),
-        f"--enable-misa with {EVAL_SELECTION_ENV} waits for the device; add --disable-cuda-graph.",
+        lambda args: _eval_selection() is not None and _has_cuda_graphs(args),
+        f"--enable-misa with {EVAL_SELECTION} waits for the device; add --disable-cuda-graph.",
     ),
     Refusal(
-        lambda args: eval_selection() is not None
+        lambda args: _eval_selection() is not None
         and bool(args.misa_rerank_candidates or args.misa_min_context),
-        f"--enable-misa with {EVAL_SELECTION_ENV} has a single stage; drop --misa-rerank-candidates and --misa-min-context.",
+        f"--enable-misa with {EVAL_SELECTION} has a single stage; drop --misa-rerank-candidates and --misa-min-context.",
     ),
 )
 
@@ -245,9 +242,6 @@ def check_misa_server_args(args: MisaArguments) -> None:
         ValueError: a value or a combination is not supported.
         RuntimeError: a hook on SGLang did not engage.
     """
-    # Imported here: the table of patches names this module's class.
-    from sglang.srt.layers.misa.patches import check_engaged
-
     check_engaged()
     hf_config = args.get_model_config().hf_config
     if not is_deepseek_dsa(hf_config):
@@ -315,18 +309,19 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
 def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
     if problem := kernels_problem():
         raise ValueError(f"--enable-misa: {problem}.")
-    if num_heads not in KERNEL_HEADS:
+    limits = kernel_limits()
+    if num_heads not in limits.NUM_HEADS:
         raise ValueError(
-            f"--enable-misa has kernels for indexers of {' or '.join(map(str, KERNEL_HEADS))} heads, not for the "
+            f"--enable-misa has kernels for indexers of {' or '.join(map(str, limits.NUM_HEADS))} heads, not for the "
             f"{num_heads} of {args.model_path}; drop --enable-misa."
         )
-    limit = f"a multiple of {KERNEL_TOPK_MULTIPLE} up to {KERNEL_MAX_TOPK}, which the kernels need"
-    if topk % KERNEL_TOPK_MULTIPLE or topk > KERNEL_MAX_TOPK:
+    limit = f"a multiple of {PAGE_SIZE} up to {limits.MAX_TOPK}, which the kernels need"
+    if topk % PAGE_SIZE or topk > limits.MAX_TOPK:
         raise ValueError(
             f"--enable-misa: index_topk={topk} of {args.model_path} is not {limit}; drop --enable-misa."
         )
     candidates = args.misa_rerank_candidates
-    if candidates % KERNEL_TOPK_MULTIPLE or candidates > KERNEL_MAX_TOPK:
+    if candidates % PAGE_SIZE or candidates > limits.MAX_TOPK:
         raise ValueError(
             f"--misa-rerank-candidates {candidates} is not {limit}; use 0 for a single stage or such a multiple."
         )

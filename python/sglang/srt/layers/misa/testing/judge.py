@@ -90,8 +90,9 @@ def score_bounds(q, weights, k, k_scale, shared: Optional[SharedHead] = None):
     high, size = low.clone(), low.clone()
     keys, weights = k.double(), weights.double()
     # As many heads at once as make no more entries than are judged at a time: a GPU waits for the host otherwise.
-    for heads in torch.arange(q.shape[1]).split(max(1, CHUNK // low.numel())):
-        heads = slice(int(heads[0]), int(heads[-1]) + 1)
+    step = max(1, CHUNK // low.numel())
+    for first in range(0, q.shape[1], step):
+        heads = slice(first, first + step)
         least, most = relu_bounds(q[:, heads].double(), keys)
         weight = weights[:, heads, None]
         low += torch.where(weight > 0, weight * least, weight * most).sum(1)
@@ -401,4 +402,87 @@ def check_heads(heads, batch: Batch, active_heads: int, block_size: int) -> floa
     for sequence, rows in batch.rows():
         means = reference.page_means(sequence.k, sequence.k_scale)
         error = max(error, check_routing(heads[rows], sequence, means, block_size))
+    return error
+
+
+def line_slack(sequence: Inputs):
+    """How well float32 arithmetic knows each head's samples x_j and its slope -> two float64 [T, H].
+
+    The first is by how much a sample may be off, the second that over the deviation of the samples, four times; 0 where all
+    samples are surely on one side of 0.
+    """
+    q, _, k, k_scale, lengths = sequence
+    slack = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
+    unsure = slack.clone()
+    for t, length in enumerate(lengths.tolist()):
+        if length > 0:
+            samples = reference.sample_positions(length).to(k.device)
+            keys = k[samples].double() * k_scale[samples].double()[:, None]
+            query = q[t].double()
+            slack[t] = ERROR * query.norm(dim=1) * keys.norm(dim=1).amax()
+            x = query @ keys.T
+            unsure[t] = (
+                (4 * slack[t] / x.std(1, correction=0)).nan_to_num(0).clamp(max=1)
+            )
+            one_side = (x.amin(1) > slack[t]) | (x.amax(1) < -slack[t])
+            unsure[t] = unsure[t].masked_fill(one_side, 0)
+    return slack, unsure
+
+
+def check_sampled_routing(routed, sequence: Inputs) -> float:
+    """The rows of one sequence have the heads of highest estimate, and the shared head that goes with these -> the error.
+
+    A standard deviation moves by no more than what it is of, so an estimate is known up to the slack of a head's samples. A slope
+    is known up to that slack over the deviation of the samples, and the shared query up to the slopes and to one step of FP8.
+
+    Args:
+        routed: heads int32 [T, h - 1], shared_q float8_e4m3fn [T, 128], shared_scale float32 [T].
+    """
+    heads, shared_q, shared_scale = routed
+    q, weights, k, k_scale, lengths = sequence
+    chosen_heads = heads.long()
+    check_form(chosen_heads, torch.full_like(lengths, heads.shape[1]))
+    require((chosen_heads >= q.shape[1]).any(1), "a head that does not exist")
+    slopes, estimates = reference.slopes_and_estimates(q, weights, k, k_scale, lengths)
+    slack, unsure = line_slack(sequence)
+    size = weights.double().abs()
+    low, high = (estimates.double() + sign * 2 * size * slack for sign in (-1, 1))
+    chosen = reference.members(chosen_heads, q.shape[1])
+    error = check_best(chosen, ~chosen, low, high) if heads.shape[1] else 0.0
+
+    scale = shared_scale.double()[:, None]
+    mantissa = torch.frexp(shared_scale).mantissa
+    require(mantissa != 0.5, "a scale that is no power of two")
+    factors = (slopes * weights).double().masked_fill(chosen, 0)
+    u = (factors[:, :, None] * q.double()).sum(1)
+    unsure = size * unsure.masked_fill(chosen, 0) + factors.abs() * ERROR
+    unsure = (unsure[:, :, None] * q.double().abs()).sum(1)
+    # The values of e4m3 around u are 2 ** (exponent - 3) apart, the smallest ones 2 ** -9.
+    step = torch.ldexp(torch.ones_like(u), torch.frexp(u / scale).exponent - 1 - 3)
+    step = scale * step.clamp(min=2.0**-9)
+    far = (shared_q.double() * scale - u).abs() > step + unsure
+    require(far.any(1), "a shared query that is not the lines of the other heads")
+    largest, room = u.abs().amax(1), unsure.amax(1)
+    bound = reference.FP8_MAX * shared_scale.double()
+    require(largest - room > bound, "a scale that is too small")
+    coarse = (largest + room <= bound / 2) & (shared_scale.double() > 2.0**-126)
+    require(
+        coarse & ~((largest == 0) & (shared_scale == 1)), "a scale that is too large"
+    )
+    return error
+
+
+def check_slots(routed, batch: Batch, active_heads: int) -> float:
+    """`check_sampled_routing` of every row of a batch; padded rows have the first heads and nothing to share."""
+    heads, shared_q, shared_scale = routed
+    if heads.dtype != torch.int32 or heads.shape != (len(batch.q), active_heads - 1):
+        raise WrongSelection(f"{heads.dtype} {tuple(heads.shape)} are no heads")
+    error, end = 0.0, 0
+    for sequence, rows in batch.rows():
+        own = heads[rows], *SharedHead(shared_q, shared_scale).of_rows(rows)
+        error, end = max(error, check_sampled_routing(own, sequence)), rows.stop
+    first = torch.arange(active_heads - 1, device=heads.device)
+    require((heads[end:] != first).any(1), "a padded row has heads of its own")
+    nothing = (shared_q[end:].view(torch.uint8) == 0).all(1) & (shared_scale[end:] == 1)
+    require(~nothing, "a padded row has something to share")
     return error

@@ -16,18 +16,18 @@ import torch
 
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE, read_pages
 
-CAPTURE_DIR_ENV = "SGLANG_MISA_CAPTURE_DIR"
-
 # Attention is recorded of the rows that see a multiple of this many tokens: a prime, so that they end anywhere in a page.
 ATTENTION_STRIDE = 61
 
 
 class Recorder:
-    """Writes records, dictionaries of CPU tensors, into a directory, numbered in the order of the calls."""
+    """Writes records, dictionaries of CPU tensors, into a directory, numbered in the order of the calls.
+
+    Creates the directory with the first record.
+    """
 
     def __init__(self, directory: str):
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.count = itertools.count()
         # The last record of each layer and request, and the tokens of its longest row.
         self.latest: Dict[Tuple[int, str], Tuple[int, Path]] = {}
@@ -115,6 +115,7 @@ class Recorder:
             name: value.cpu().clone() if isinstance(value, torch.Tensor) else value
             for name, value in record.items()
         }
+        path.parent.mkdir(parents=True, exist_ok=True)
         # The name appears when the file is whole, so that a reader may look while the server runs.
         torch.save(record, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
@@ -123,17 +124,3 @@ class Recorder:
 def load_records(directory: str) -> List[Dict]:
     """The records of a directory in the order in which they were written."""
     return [torch.load(path) for path in sorted(Path(directory).glob("*.pt"))]
-
-
-_recorder = (
-    Recorder(os.environ[CAPTURE_DIR_ENV]) if os.environ.get(CAPTURE_DIR_ENV) else None
-)
-
-
-def active_recorder() -> Optional[Recorder]:
-    """The recorder, if this call is to be recorded."""
-    if _recorder is None:
-        return None
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return None
-    return _recorder

@@ -1,15 +1,14 @@
-"""Selections that MISA is measured against, in a running server: for evaluation only, no feature of it.
+"""Selections that MISA is measured against, in a running server.
 
-With SGLANG_MISA_EVAL_SELECTION set, a server with --enable-misa does not select by MISA but by one of SELECTIONS. They are
-torch operations that wait for the device, so CUDA graphs have to be off, and the memory that they take does not grow with
+With SGLANG_MISA_EVAL_SELECTION set, a server with --enable-misa does not select by MISA but by one of
+`environment.SELECTIONS`. They are torch operations that wait for the device, so CUDA graphs have to be off, and the memory that they take does not grow with
 the batch. On a CPU the selections are those of `reference`, bit for bit; on a GPU up to scores that rounding ties.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Dict, Optional
 
 import torch
@@ -20,27 +19,10 @@ from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE, read_pages
 from sglang.srt.layers.misa.indexer import Selection
 from sglang.srt.layers.misa.selection import positions, to_output, topk_mask
 
-EVAL_SELECTION_ENV = "SGLANG_MISA_EVAL_SELECTION"
-SELECTIONS = {
-    "hisa": "HISA's 64 blocks of 128 tokens, scored by all heads",
-    "random-heads": "--misa-active-heads other heads for every query, by chance",
-    "heaviest-heads": "the --misa-active-heads of the largest average weight, the same for all queries",
-}
-
-CHUNK_SCORES = (
-    1 << 24
-)  # scored at a time: 64 MiB in float32, some 600 MiB with all else
-DRAWS = (
-    4096  # the random heads of a position are those of the one as many tokens before
-)
-
-# The heaviest heads of each layer of this process.
-_heaviest: Dict[int, torch.Tensor] = {}
-
-
-def eval_selection() -> Optional[str]:
-    """What SGLANG_MISA_EVAL_SELECTION names, or None where it is not set."""
-    return os.environ.get(EVAL_SELECTION_ENV) or None
+# Scored at a time: 64 MiB in float32, some 600 MiB with all else.
+CHUNK_SCORES = 1 << 24
+# The random heads of a position are those of the one as many tokens before.
+DRAWS = 4096
 
 
 @functools.lru_cache
@@ -75,9 +57,9 @@ def token_scores(q, weights, k, k_scale) -> torch.Tensor:
 
 @dataclass
 class EvaluationIndexer:
-    """Has the interface of `MisaIndexer`, and selects by `name`, one of SELECTIONS, in layer `layer_id`.
+    """Has the interface of `MisaIndexer`, and selects by `name`, one of `environment.SELECTIONS`, in layer `layer_id`.
 
-    The heaviest heads of a layer are those of the first rows that see more tokens than are selected, and stay so: a server
+    `heaviest` keeps the heaviest heads of each layer from call to call. The heaviest heads of a layer are those of the first rows that see more tokens than are selected, and stay so: a server
     begins with a short prompt of its own, which says nothing of a text's heads.
     """
 
@@ -86,6 +68,7 @@ class EvaluationIndexer:
     topk: int
     forced: Dict[str, int]
     layer_id: int
+    heaviest: Dict[int, torch.Tensor] = field(default_factory=dict)
 
     def select(
         self,
@@ -133,11 +116,13 @@ class EvaluationIndexer:
             return None
         if self.name == "random-heads":
             return random_heads(lengths, weights.shape[1], self.active_heads)
-        if self.layer_id not in _heaviest:
+        if self.layer_id not in self.heaviest:
             long = lengths > self.topk
             if not long.any():
                 # All tokens are selected, whichever heads score them.
                 heads = heaviest_heads(weights, self.active_heads)
                 return heads.expand(len(weights), -1)
-            _heaviest[self.layer_id] = heaviest_heads(weights[long], self.active_heads)
-        return _heaviest[self.layer_id].expand(len(weights), -1)
+            self.heaviest[self.layer_id] = heaviest_heads(
+                weights[long], self.active_heads
+            )
+        return self.heaviest[self.layer_id].expand(len(weights), -1)

@@ -1,0 +1,217 @@
+"""What runs in SGLang's methods, and in MISA's own hooks, for evaluation. `patches` says where, and when."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional
+
+import torch
+
+from sglang.srt.layers.misa import environment
+from sglang.srt.layers.misa.batch import (
+    Batch,
+    attention_output,
+    decode_batch,
+    extend_batch,
+)
+from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.evaluation.capture import Recorder
+from sglang.srt.layers.misa.evaluation.selections import EvaluationIndexer
+from sglang.srt.layers.misa.hooks import Call, active_config
+from sglang.srt.layers.misa.indexer import Selection
+from sglang.srt.layers.misa.selection import to_output
+from sglang.srt.layers.misa.server_args import misa_config
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+logger = logging.getLogger(__name__)
+
+
+class OtherSelection:
+    """Selects by `name`, one of `environment.SELECTIONS`, instead of MISA."""
+
+    def __init__(self, name: str):
+        self.name = name
+        # Each layer's heaviest heads, once there are any.
+        self.heaviest: Dict[int, torch.Tensor] = {}
+
+    def select(
+        self,
+        call: Call,
+        config: MisaConfig,
+        batch: Batch,
+        output: str,
+        offsets: Optional[torch.Tensor],
+    ) -> Selection:
+        """In place of `misa.hooks.select`."""
+        indexer = EvaluationIndexer(
+            name=self.name,
+            active_heads=config.active_heads,
+            topk=call.topk,
+            forced=call.forced,
+            layer_id=call.layer_id,
+            heaviest=self.heaviest,
+        )
+        tensors = call.tensors(len(batch.lengths))
+        return indexer.select(**tensors, batch=batch, output=output, offsets=offsets)
+
+    def announce(self, config: MisaConfig, pooled_keys_bytes: int) -> None:
+        """In place of `misa.hooks.announce`."""
+        logger.warning(
+            "MISA is NOT what selects: %s=%s, for evaluation only (%s). %s",
+            *(environment.EVAL_SELECTION, self.name),
+            *(environment.SELECTIONS[self.name], config),
+        )
+
+    def report(self, info: Dict[str, Any], scheduler: Any) -> Optional[Dict[str, Any]]:
+        """After `Scheduler.get_init_info`."""
+        if misa_config(scheduler.server_args) is None:
+            return None
+        return {**info, "misa_eval_selection": self.name}
+
+
+class Recording:
+    """Records calls of the indexer and of the attention into a directory."""
+
+    def __init__(self, directory: str):
+        self.recorder = Recorder(directory)
+
+    def select(
+        self,
+        original: Callable[..., Selection],
+        call: Call,
+        config: MisaConfig,
+        batch: Batch,
+        output: str,
+        offsets: Optional[torch.Tensor],
+    ) -> Selection:
+        """Around `misa.hooks.select`."""
+        if not _is_recorded(call.forward_batch):
+            return original(call, config, batch, output, offsets)
+        # A record holds positions.
+        selection = original(call, config, batch, "positions", None)
+        self._record(call, batch, selection, call.pooled_keys)
+        indices = to_output(
+            selection.indices, output, batch.page_table, batch.cu_rows, offsets
+        )
+        return replace(selection, indices=indices)
+
+    def after_ragged(
+        self,
+        result,
+        indexer,
+        enable_dual_stream,
+        forward_batch,
+        layer_id,
+        q_fp8,
+        weights,
+        metadata,
+        topk_result=None,
+    ) -> None:
+        """After `Indexer._get_topk_ragged` (extend)."""
+        call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
+        self._record_dsa(call, extend_batch, result)
+
+    def after_paged(
+        self, result, indexer, forward_batch, layer_id, q_fp8, weights, metadata
+    ) -> None:
+        """After `Indexer._get_topk_paged` (decode)."""
+        call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
+        self._record_dsa(call, decode_batch, result)
+
+    def _record_dsa(
+        self,
+        call: Call,
+        batch: Callable[[DSAIndexerMetadata], Batch],
+        result: torch.Tensor,
+    ) -> None:
+        """Record what SGLang's own indexer chose.
+
+        Raises:
+            RuntimeError: it chose slots of the cache, not positions.
+        """
+        if active_config() is not None or _is_capturing():
+            return
+        if attention_output(call.metadata)[0] != "positions":
+            raise RuntimeError(
+                f"{environment.CAPTURE_DIR} records positions; set SGLANG_DSA_FUSE_TOPK=false."
+            )
+        if _is_recorded(call.forward_batch):
+            self._record(call, batch(call.metadata), Selection(result))
+
+    def _record(
+        self,
+        call: Call,
+        batch: Batch,
+        selection: Selection,
+        pooled_keys: Optional[torch.Tensor] = None,
+    ) -> None:
+        """Record every sequence's rows, those that all heads scored by themselves."""
+        pool = get_token_to_kv_pool()
+        for index, rows in batch.sequences():
+            parts = [(rows, selection.heads)]
+            if selection.dense is not None:
+                # The first rows of a sequence are those that see the fewest tokens.
+                cut = rows.start + int(selection.dense[rows].sum())
+                parts = [
+                    (slice(rows.start, cut), None),
+                    (slice(cut, rows.stop), selection.heads),
+                ]
+            for part, heads in parts:
+                if part.start == part.stop:
+                    continue
+                self.recorder.record(
+                    layer_id=call.layer_id,
+                    rid=call.forward_batch.rids[index],
+                    q=call.q[part],
+                    weights=call.weights[part].squeeze(-1),
+                    lengths=batch.lengths[part],
+                    index_k=pool.get_index_k_with_scale_buffer(call.layer_id),
+                    page_table=batch.page_table[index],
+                    pooled_keys=pooled_keys,
+                    heads=None if heads is None else heads[part],
+                    positions=selection.indices[part],
+                )
+
+    def after_attention(
+        self, _, backend, q, k, v, layer, forward_batch, *args, q_rope=None, **kwargs
+    ) -> None:
+        """After `DeepseekSparseAttnBackend.forward_extend`: record what the attention was given.
+
+        Nothing is recorded of dense attention, nor where the kernel rotates q itself or the latent cache is quantized.
+        """
+        if q_rope is None or not _is_recorded(forward_batch):
+            return
+        if kwargs.get("cos_sin_cache") is not None:
+            return
+        latent = get_token_to_kv_pool().get_key_buffer(layer.layer_id)
+        if latent.dtype != q.dtype:
+            return
+        heads, width = layer.tp_q_head_num, layer.v_head_dim
+        parts = q.view(-1, heads, width), q_rope.view(-1, heads, layer.head_dim - width)
+        q = torch.cat(parts, dim=-1)
+        metadata = backend.get_indexer_metadata(layer.layer_id, forward_batch)
+        batch = extend_batch(metadata)
+        for index, rows in batch.sequences():
+            self.recorder.record_attention(
+                layer_id=layer.layer_id,
+                rid=forward_batch.rids[index],
+                q=q[rows],
+                lengths=batch.lengths[rows],
+                latent=latent,
+                page_table=batch.page_table[index],
+                scaling=layer.scaling,
+            )
+
+
+def _is_recorded(forward_batch: ForwardBatch) -> bool:
+    # The warm-up of a CUDA graph belongs to no request.
+    return forward_batch.rids is not None and not _is_capturing()
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

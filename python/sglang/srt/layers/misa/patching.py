@@ -1,0 +1,128 @@
+"""How MISA hooks into SGLang, and the check that the hooks engaged. `patches` says where.
+
+SGLang logs a plugin or a hook that fails and goes on without it. MISA must not: whoever asks for --enable-misa gets it or
+gets no server. What is registered here is therefore checked where the arguments are validated, and again in every scheduler
+on the very objects that it built.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import Any, Callable, Iterable, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+from sglang.srt.layers.misa import process
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.version import __version__ as sglang_version
+
+SUPPORTED_SGLANG = ("0.5.17",)
+
+
+class Patch(NamedTuple):
+    """One hook.
+
+    Attributes:
+        target: the name of what is hooked.
+        kind: how.
+        hook: with what.
+        reason: why.
+        unneeded_with: the change of SGLang's that would make it unnecessary.
+    """
+
+    target: str
+    kind: HookType
+    hook: Callable
+    reason: str
+    unneeded_with: str
+
+    def owner(self) -> Tuple[Any, str]:
+        """The class or module that holds the target, and the target's name in it."""
+        owner, _, name = self.target.rpartition(".")
+        return pkgutil.resolve_name(owner), name
+
+    def engaged(self) -> bool:
+        """Whether the hook runs when the target is called."""
+        try:
+            owner, name = self.owner()
+        except (ImportError, AttributeError):
+            return False
+        return runs(getattr(owner, name, None), self.hook)
+
+
+_registered: List[Patch] = []
+
+
+def register(patches: Iterable[Patch]) -> None:
+    """Hand the patches to SGLang, which applies them once every plugin has registered its own."""
+    for patch in patches:
+        HookRegistry.register(patch.target, patch.hook, patch.kind)
+        _registered.append(patch)
+
+
+def registered() -> Tuple[Patch, ...]:
+    """The patches of this process."""
+    return tuple(_registered)
+
+
+def runs(function: Optional[Callable], hook: Callable) -> bool:
+    """Whether `hook` is `function` or one of the wrappers around it."""
+    while function is not None:
+        if function is hook:
+            return True
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def problems() -> List[str]:
+    """What keeps MISA from working with the installed SGLang, a sentence each."""
+    found = []
+    if sglang_version not in SUPPORTED_SGLANG:
+        found.append(
+            f"SGLang {sglang_version} is installed; install sglang=={SUPPORTED_SGLANG[-1]}."
+        )
+    if not _registered:
+        found.append("SGLang has not loaded the plugin here.")
+    for patch in _registered:
+        if not patch.engaged():
+            found.append(f"the hook on {patch.target} did not engage.")
+    return found
+
+
+def check_engaged() -> None:
+    """Check the patches in this process.
+
+    Raises:
+        RuntimeError: the installed SGLang is unknown, or a hook did not engage.
+    """
+    if found := problems():
+        raise RuntimeError(
+            f"--enable-misa in {process.description()}: {found[0]} `python -m sglang.srt.layers.misa.doctor` lists all "
+            "checks."
+        )
+
+
+def check_objects(model: torch.nn.Module, pool: Any) -> None:
+    """Check that the hooks run in a model's indexers and its KV pool, whatever classes they are of.
+
+    Raises:
+        RuntimeError: a class between the object and the hooked one has a method of its own.
+    """
+    indexers = [module for module in model.modules() if isinstance(module, Indexer)]
+    if not indexers or not hasattr(pool, "misa_pooled_keys"):
+        raise RuntimeError(
+            f"--enable-misa: {type(model).__name__} with a {type(pool).__name__} has no DSA indexer to route."
+        )
+    for instance in (pool, *indexers):
+        for patch in _registered:
+            owner, name = patch.owner()
+            if not isinstance(owner, type) or not isinstance(instance, owner):
+                continue
+            if not runs(getattr(type(instance), name), patch.hook):
+                raise RuntimeError(
+                    f"--enable-misa: {type(instance).__name__}.{name} bypasses the hook on {patch.target}."
+                )

@@ -1,0 +1,109 @@
+"""The sampled router: which heads score a row, and the shared head that stands for the lines of all others."""
+
+from typing import Tuple, Union
+
+import torch
+from sgl_kernel_misa import checks
+from sgl_kernel_misa.constants import HEAD_DIM, ROUTER_TILE_ROWS
+from sgl_kernel_misa.library import launch
+from sgl_kernel_misa.registration import launching, operation
+from sgl_kernel_misa.tensors import keys_and_scales
+
+
+@operation()
+def route_sampled(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    active_heads: int,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The heads that a line says least of, for all slots but one, and the shared head for that one.
+
+    A row's results are functions of its query and its prefix: the same bits in any batch, here and in `route_sampled_topk_decode`.
+    Rows that see nothing, and padding, get heads 0 .. active_heads - 2 and a shared head of 0.
+
+    Args:
+        active_heads: slots, the shared head's among them: 1 to H - 1.
+
+    Returns:
+        heads, int32 [T, active_heads - 1], ascending; shared_q, float8_e4m3fn [T, 128]; shared_scale, float32 [T], powers of two.
+
+    Raises:
+        ValueError: a dtype, a shape or a number is wrong.
+    """
+    checks.cache(index_k)
+    checks.sequences(page_table, cu_rows)
+    routed = checked_slots(q, weights, lengths, active_heads)
+    if launching(q):
+        # No kernel of a prefill deals out pages.
+        dealt = lengths.new_empty(1)
+        launch_route_sampled(
+            q, weights, index_k, page_table, cu_rows, lengths, *routed, dealt
+        )
+    return routed
+
+
+def checked_slots(
+    q: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor, active_heads: int
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check what the router takes; returns room for its results."""
+    checks.queries(q, weights, lengths)
+    rows, num_heads, _ = q.shape
+    checks.require(
+        1 <= active_heads < num_heads,
+        f"active_heads must be 1 to {num_heads - 1}, not {active_heads}",
+    )
+    return (
+        lengths.new_empty(rows, active_heads - 1),
+        q.new_empty(rows, HEAD_DIM),
+        weights.new_empty(rows),
+    )
+
+
+def launch_route_sampled(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    rows_of: Union[torch.Tensor, int],
+    lengths: torch.Tensor,
+    heads: torch.Tensor,
+    shared_q: torch.Tensor,
+    shared_scale: torch.Tensor,
+    dealt: torch.Tensor,
+) -> None:
+    """Write the results; clears `dealt`, int32 [1], for `decode_score`, which may begin while it works.
+
+    Args:
+        rows_of: `cu_rows`, or the rows of every sequence.
+    """
+    batch, max_pages = page_table.shape
+    keys, scales = keys_and_scales(index_k)
+    as_many = isinstance(rows_of, int)
+    cu_rows = lengths if as_many else rows_of  # lengths: not read
+    launch(
+        f"route_sampled_{q.shape[1]}",
+        q=q,
+        weights=weights,
+        keys=keys,
+        scales=scales,
+        page_table=page_table,
+        cu_rows=cu_rows,
+        lengths=lengths,
+        heads=heads,
+        shared_q=shared_q,
+        shared_scale=shared_scale,
+        dealt=dealt,
+        rows_per_seq=rows_of if as_many else 0,
+        tiles=batch if as_many else q.shape[0] // ROUTER_TILE_ROWS + batch + 1,
+        rows=q.shape[0],
+        pages=index_k.shape[0],
+        batch=batch,
+        max_pages=max_pages,
+        table_stride=page_table.stride(0),
+        routed=heads.shape[1],
+        bounds=cu_rows.shape[0],
+    )

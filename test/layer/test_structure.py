@@ -1,0 +1,87 @@
+"""What imports what in the layer."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sglang.srt.layers.misa as misa
+from sglang_misa.server import server_env
+
+ROOT = Path(misa.__file__).parent
+PACKAGE = "sglang.srt.layers.misa"
+
+
+def imports(name: str, source: str, modules) -> set:
+    """Those of `modules` that module `name` imports, wherever in its source, also where it is for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            names = [node.module, *(f"{node.module}.{x.name}" for x in node.names)]
+        else:
+            continue
+        for imported in names:
+            # A module's package is imported with it.
+            found |= {imported, imported.rpartition(".")[0]} & modules
+    # Its own package is there before it.
+    return found - {name, name.rpartition(".")[0], PACKAGE}
+
+
+def graph_of_layer():
+    sources = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join((PACKAGE, *parts)).removesuffix(".__init__")
+        sources[name] = path.read_text()
+    return {x: imports(x, source, sources.keys()) for x, source in sources.items()}
+
+
+def test_no_import_cycle():
+    graph = graph_of_layer()
+    assert graph[f"{PACKAGE}.hooks"] > {f"{PACKAGE}.indexer", f"{PACKAGE}.batch"}
+    # A CycleError names the cycle.
+    list(graphlib.TopologicalSorter(graph).static_order())
+    assert not graph[f"{PACKAGE}.environment"] | graph[f"{PACKAGE}.process"]
+
+
+def test_an_import_in_a_function_closes_a_cycle():
+    graph = graph_of_layer()
+    source = f"def f():\n    from {PACKAGE} import patches\n"
+    name = f"{PACKAGE}.server_args"
+    graph[name] = graph[name] | imports(name, source, graph.keys())
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter(graph).static_order())
+
+
+PROGRAM = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+prepare_server_args(["--model-path", "dummy"])
+print("LOADED", *sys.modules)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a program of the CPU engine")
+def test_what_a_server_without_misa_imports():
+    """Neither the operations, nor the kernels, nor the evaluation."""
+    command = [sys.executable, "-c", PROGRAM]
+    result = subprocess.run(command, env=server_env(), capture_output=True, text=True)
+    (line,) = [x for x in result.stdout.splitlines() if x.startswith("LOADED")]
+    loaded = line.split()
+    assert f"{PACKAGE}.hooks" in loaded, result.stderr[-3000:]
+    for name in (
+        f"{PACKAGE}.torch_operations",
+        f"{PACKAGE}.evaluation.hooks",
+        f"{PACKAGE}.evaluation.capture",
+        "sgl_kernel_misa",
+    ):
+        assert name not in loaded
