@@ -11,10 +11,10 @@ from pydoc_data.topics import topics
 from typing import Dict, List
 
 from mini_dsa.tasks import asked, told
-from sglang_misa.client import Client
-from sglang_misa.server import serve
 
 from sglang.srt.layers.misa.testing.recall import share_of_dsa
+from sglang_misa.client import Client
+from sglang_misa.server import serve
 
 CHECKPOINT = Path(__file__).parent / "mini_dsa" / "checkpoint"
 # What is told, how deep in the text, and what is asked for at its end.

@@ -12,7 +12,7 @@ from mini_dsa.tokenizer import write_tokenizer
 from recall import dense_attention
 from tiny_model import make_weights
 
-from sglang.srt.layers.misa.capture import ATTENTION_STRIDE
+from sglang.srt.layers.misa.evaluation.capture import ATTENTION_STRIDE
 from sglang_misa.server import serve, tokens
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark" / "quality"
