@@ -418,15 +418,15 @@ def test_grids_follow_the_device(launches):
         assert score["blocks"] == sms
 
 
-@pytest.mark.parametrize("blocks_per_sm", [1, 2])
-def test_clusters_fit_the_device(blocks_per_sm):
+@pytest.mark.parametrize("ctas_per_sm", [1, 2])
+def test_clusters_fit_the_device(ctas_per_sm):
     for sms in (H100, H20):
         ranks = [
-            devices.cluster_ranks(count, blocks_per_sm, sms) for count in range(1, 400)
+            devices.cluster_ranks(count, ctas_per_sm, sms) for count in range(1, 400)
         ]
         assert ranks == sorted(ranks, reverse=True) and set(ranks) == {8, 4, 2, 1}
         for count, size in enumerate(ranks, start=1):
-            assert size == 1 or count * size <= sms * blocks_per_sm
+            assert size == 1 or count * size <= sms * ctas_per_sm
     # What was measured on an H100.
     assert [devices.cluster_ranks(n, 2, H100) for n in (30, 31, 64, 65, 132, 133)] == [
         8, 4, 4, 2, 2, 1,
