@@ -34,30 +34,23 @@ def cached(answer):
     scope="module",
     params=[
         # One worker runs all the tests of a server.
-        pytest.param(
-            (family, chunk), marks=pytest.mark.xdist_group(f"{family}-{chunk}")
-        )
+        pytest.param(family, marks=pytest.mark.xdist_group(family))
         for family in FAMILIES
-        for chunk in CHUNKS
     ],
-    ids=lambda param: "-".join(map(str, param)),
 )
 def server(request, tiny_model, tmp_path_factory):
-    family, chunk = request.param
-    with serve(
-        tiny_model(family, LAYERS, TOPK),
-        tmp_path_factory.mktemp("server"),
-        *misa_args(CONFIG),
-        *("--chunked-prefill-size", str(chunk)),
-    ) as running:
-        running.chunk = chunk
+    model = tiny_model(request.param, LAYERS, TOPK)
+    folder = tmp_path_factory.mktemp("server")
+    with serve(model, folder, *misa_args(CONFIG)) as running:
         yield running
 
 
-@pytest.fixture
-def fresh(server):
-    """The server with an empty cache and no records."""
+@pytest.fixture(params=CHUNKS)
+def fresh(request, server):
+    """The server with an empty cache and no records, and chunks of one size."""
     server.reset()
+    server.chunk = request.param
+    server.set_chunk(server.chunk)
     return server
 
 
@@ -66,6 +59,7 @@ def test_prefill_and_decode(fresh):
     fresh.generate(tokens(1500), new_tokens=70)
     records = fresh.records()
     check_records(records, CONFIG, TOPK)
+    assert max(len(record["q"]) for record in records) == min(fresh.chunk, 1500)
     # Chunks that end within the first TOPK tokens need no selection. The overlapped scheduler may run one step more.
     first = fresh.chunk + 1 if fresh.chunk <= TOPK else 1
     for layer in range(LAYERS):
@@ -143,7 +137,7 @@ def test_abort_in_mid_prefill(fresh):
     fresh.reset()
     with ThreadPoolExecutor(1) as thread:
         doomed = thread.submit(fresh.generate, prompt + tokens(6000, 1), 1, "doomed")
-        while not fresh.records():
+        while not any(fresh.capture_dir.glob("*.pt")):
             time.sleep(0.02)
         fresh.post("/abort_request", rid="doomed")
         assert doomed.result()["meta_info"]["finish_reason"]["type"] == "abort"
@@ -210,13 +204,21 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
     ) as server:
         info, metrics = server.info, server.metrics()
         assert info["misa_active_heads"] == config.active_heads
+        assert server.variant() == {
+            "variant": "misa-hierarchical" if config.rerank_candidates else "misa",
+            "active_heads": config.active_heads,
+            "block_size": config.block_size,
+            "rerank_candidates": config.rerank_candidates,
+        }
         for name in ("active_heads", "block_size", "rerank_candidates"):
             assert metrics[f"sglang:misa_{name}"] == getattr(config, name)
         size = info["misa"]["pooled_keys_bytes"]
         assert metrics["sglang:misa_pooled_keys_bytes"] == size > 0
         with ThreadPoolExecutor(3) as threads:
             first = threads.submit(server.generate, tokens(600, 1), 24)
-            time.sleep(1)
+            # The others come while it decodes.
+            while not any(605 in record["lengths"] for record in server.records()):
+                time.sleep(0.1)
             others = [
                 threads.submit(server.generate, tokens(size, size), 6)
                 for size in (1300, 900)
