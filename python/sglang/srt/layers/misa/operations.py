@@ -27,19 +27,6 @@ def operations(device: torch.device) -> ModuleType:
     return torch_operations
 
 
-def kernel_limits() -> ModuleType:
-    """The constants of the kernels, among them what they are built for: NUM_HEADS of an indexer, and up to MAX_TOPK tokens.
-
-    The torch operations take anything.
-
-    Raises:
-        ImportError: sgl-kernel-misa is not installed.
-    """
-    from sgl_kernel_misa import constants
-
-    return constants
-
-
 def kernels_problem() -> Optional[str]:
     """What keeps the kernels from running on this machine's GPU, with the remedy; None where nothing does."""
     try:

@@ -8,13 +8,15 @@ import os
 from dataclasses import dataclass, fields
 from typing import Callable, NamedTuple, Optional
 
+import torch
+
 from sglang.srt.arg_groups.arg_utils import NS, A, add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import process
 from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
 from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
-from sglang.srt.layers.misa.operations import kernel_limits, kernels_problem
+from sglang.srt.layers.misa.operations import kernels_problem, operations
 from sglang.srt.layers.misa.patching import check_engaged
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
@@ -309,19 +311,19 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
 def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
     if problem := kernels_problem():
         raise ValueError(f"--enable-misa: {problem}.")
-    limits = kernel_limits()
-    if num_heads not in limits.NUM_HEADS:
+    kernels = operations(torch.device("cuda"))
+    if num_heads not in kernels.HEADS:
         raise ValueError(
-            f"--enable-misa has kernels for indexers of {' or '.join(map(str, limits.NUM_HEADS))} heads, not for the "
+            f"--enable-misa has kernels for indexers of {' or '.join(map(str, kernels.HEADS))} heads, not for the "
             f"{num_heads} of {args.model_path}; drop --enable-misa."
         )
-    limit = f"a multiple of {PAGE_SIZE} up to {limits.MAX_TOPK}, which the kernels need"
-    if topk % PAGE_SIZE or topk > limits.MAX_TOPK:
+    limit = f"a multiple of {kernels.TOPK_MULTIPLE} up to {kernels.MAX_TOPK}, which the kernels need"
+    if topk % kernels.TOPK_MULTIPLE or topk > kernels.MAX_TOPK:
         raise ValueError(
             f"--enable-misa: index_topk={topk} of {args.model_path} is not {limit}; drop --enable-misa."
         )
     candidates = args.misa_rerank_candidates
-    if candidates % PAGE_SIZE or candidates > limits.MAX_TOPK:
+    if candidates % kernels.TOPK_MULTIPLE or candidates > kernels.MAX_TOPK:
         raise ValueError(
             f"--misa-rerank-candidates {candidates} is not {limit}; use 0 for a single stage or such a multiple."
         )
