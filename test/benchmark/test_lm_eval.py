@@ -14,19 +14,22 @@ ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
 MINI_DSA = ROOT / "scripts" / "mini_dsa" / "checkpoint"
 from fake_server import FakeServer
-from sglang_misa.server import misa_args, serve
 from table import markdown, with_tasks
 from tiny_model import write_tokenizer
 
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang_misa.server import misa_args, serve
 
 ESSAY = "It is as it is, and so we go on. " * 400
 COLOURS = ("red", "green", "blue")
 MISA = {
     "enable_misa": True,
-    "misa_active_heads": 8,
-    "misa_block_size": 1024,
-    "misa_rerank_candidates": 0,
+    "misa": {
+        "router": "pooled",
+        "active_heads": 8,
+        "block_size": 1024,
+        "rerank_candidates": 0,
+    },
 }
 
 
@@ -289,7 +292,7 @@ def test_a_server_with_misa(data_dir, tmp_path):
         "--tasks ruler_fwe ruler_qa_squad longbench_hotpotqa longbench_trec "
         "--lengths 2560 --limit 1"
     )
-    config = MisaConfig(active_heads=4, block_size=256)
+    config = MisaConfig("pooled", 4, block_size=256)
     args = (*misa_args(config), "--disable-cuda-graph")
     env = {"SGLANG_DSA_FUSE_TOPK": "false"}
     with serve(MINI_DSA, tmp_path / "server", *args, env=env) as server:

@@ -26,7 +26,7 @@ CHECKPOINT = ROOT / "scripts" / "mini_dsa" / "checkpoint"
 CONTEXTS = (2560, 4096)
 DEPTHS = (10, 60)
 TOPK, ROWS = 2048, 16
-MISA = MisaConfig()
+MISA = MisaConfig("pooled", block_size=1024)
 
 
 @pytest.mark.parametrize(
