@@ -1,9 +1,11 @@
-"""The whole indexer, from the quantized query to the selected indices, in four variants side by side:
+"""The whole indexer, from the quantized query to the selected indices, in variants side by side:
 
-    dsa                what SGLang 0.5.17 runs (DeepGEMM logits, then its top-k)
-    misa               route, score with the active heads, select
-    misa-hierarchical  the same for a larger number of candidates, re-ranked by all heads
-    dsa-misa-select    all heads, no routing, through our kernels
+    dsa                       what SGLang 0.5.17 runs (DeepGEMM logits, then its top-k)
+    misa                      the sampled router; score with the routed heads and the shared one, select
+    misa-hierarchical         the same for 4096 candidates, re-ranked by all heads
+    misa-pooled               the paper's router; score with the routed heads, select
+    misa-pooled-hierarchical  the same for 8192 candidates, re-ranked by all heads
+    dsa-misa-select           all heads, no routing, through our kernels
 
 README.md says what is measured and how.
 """
@@ -42,7 +44,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--heads", type=int, choices=(32, 64), help="heads in all cases")
     add("--active-heads", type=int, default=8)
     add("--block-size", type=int, default=1024, help="tokens of a pooled block")
-    add("--rerank-candidates", type=int, default=8192, help="misa-hierarchical's m")
+    add("--rerank-candidates", type=int, help="other than those of the variants")
     add("--iterations", type=int, default=30, help="timed rounds")
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="5 rounds, fewer rows checked")
@@ -69,7 +71,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         parser.error(f"no such case; there are: {', '.join(c.name for c in CASES)}")
     if args.block_size < 64 or args.block_size % 64:
         parser.error("--block-size: a multiple of 64")
-    if args.rerank_candidates < TOPK or args.rerank_candidates % 64:
+    candidates = args.rerank_candidates or TOPK
+    if candidates < TOPK or candidates % 64:
         parser.error(f"--rerank-candidates: a multiple of 64, at least {TOPK}")
     return args
 

@@ -18,6 +18,8 @@ from indexer.report import lowest_speedups
 COLORS = {
     "misa": "tab:blue",
     "misa-hierarchical": "tab:orange",
+    "misa-pooled": "lightsteelblue",
+    "misa-pooled-hierarchical": "navajowhite",
     "dsa-misa-select": "tab:green",
 }
 

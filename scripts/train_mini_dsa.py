@@ -34,7 +34,7 @@ class Phase:
     mode          of `MiniDsa.forward`; "warm-up" trains the indexer alone, "dense" all but the indexer
     length        bytes of a sequence
     batch         sequences of a step
-    share         of the whole time
+    share         of the whole time, or of all steps
     lr            the highest learning rate; it falls to a tenth of it in the course of the phase
     """
 
@@ -57,7 +57,7 @@ PHASES = (
 )
 ANSWER_WEIGHT = 4.0  # of a byte of an answer; of any other, 1
 STEPS_TO_LR = 100
-LOG_EVERY = 5.0  # seconds
+LOG_EVERY = 5.0  # seconds; with --steps, every step is logged
 
 
 class Sequences(IterableDataset):
@@ -76,7 +76,7 @@ class Sequences(IterableDataset):
 
 
 def learning_rate(phase: Phase, step: int, progress: float) -> float:
-    """progress: 0 to 1, how much of the phase's time is over."""
+    """progress: 0 to 1, how much of the phase is over."""
     falling = 0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return phase.lr * falling * min(1.0, (step + 1) / STEPS_TO_LR)
 
@@ -132,13 +132,15 @@ def train_phase(model: MiniDsa, phase: Phase, text: bytes, args, log) -> None:
             pin_memory=device.type == "cuda",
         )
     )
-    seconds = args.minutes * 60 * phase.share
+    # Seconds or steps; at least one step in any case.
+    budget = phase.share * (args.steps or args.minutes * 60)
     start = logged = time.monotonic()
     step = 0
-    with tqdm(total=round(seconds), desc=phase.name, unit="s") as bar:
-        while (elapsed := time.monotonic() - start) < seconds:
+    unit = "step" if args.steps else "s"
+    with tqdm(total=round(budget), desc=phase.name, unit=unit) as bar:
+        while (spent := step if args.steps else time.monotonic() - start) < budget:
             tokens, mask = (x.to(device, non_blocking=True) for x in next(loader))
-            rate = learning_rate(phase, step, elapsed / seconds)
+            rate = learning_rate(phase, step, spent / budget)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16):
@@ -149,7 +151,7 @@ def train_phase(model: MiniDsa, phase: Phase, text: bytes, args, log) -> None:
             optimizer.zero_grad(set_to_none=True)
             step += 1
             now = time.monotonic()
-            if step == 1 or now - logged > LOG_EVERY:
+            if args.steps or step == 1 or now - logged > LOG_EVERY:
                 logged = now
                 shown = {name: round(value.item(), 4) for name, value in values.items()}
                 record = {
@@ -162,7 +164,7 @@ def train_phase(model: MiniDsa, phase: Phase, text: bytes, args, log) -> None:
                 log.write(json.dumps(record) + "\n")
                 log.flush()
                 bar.set_postfix(shown)
-                bar.update(min(round(seconds), round(now - start)) - bar.n)
+                bar.update(round(spent) - bar.n)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -172,7 +174,11 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus", type=Path, required=True, help="what corpus.py has written")
     add("--out", type=Path, required=True, help="the folder of the checkpoint")
-    add("--minutes", type=float, default=20.0)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=20.0, help="of all phases")
+    length.add_argument(
+        "--steps", type=int, help="of all phases, however long it takes"
+    )
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=8, help="processes that make sequences")
     add("--layers", type=int, default=Config.num_hidden_layers)

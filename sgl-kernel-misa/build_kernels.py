@@ -33,9 +33,8 @@ def build(
         RuntimeError: there is no nvcc, TileLang has another version, or a kernel could not be compiled.
     """
     _check_tilelang()
-    from kernels import KERNELS
-
     from builder import compile, generate, manifest
+    from kernels import KERNELS
 
     compile.find_nvcc()
     unknown = set(only) - set(KERNELS)

@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+from marks import needs_gpu
 
 # The tensors are small: a second thread costs far more than it saves.
 torch.set_num_threads(1)
@@ -11,10 +12,6 @@ if not torch.cuda.is_available():
     from sglang_cpu_engine.launch import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
-
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs an NVIDIA GPU"
-)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])

@@ -53,7 +53,7 @@ class Sample:
                 self.parts.append((own, mine, means))
 
     def selection(
-        self, positions, heads=None, candidates=None, *, ties: bool = True
+        self, positions, heads=None, candidates=None, *, shared=None, ties: bool = True
     ) -> float:
         """`judge.check_selection` of the sampled rows of a selection, int64 [T, k]."""
         errors = [0.0]
@@ -63,18 +63,25 @@ class Sample:
                 sequence,
                 None if heads is None else heads[rows],
                 positions.shape[1],
+                shared=None if shared is None else shared.of_rows(rows),
                 candidates=None if candidates is None else candidates[rows],
                 ties=ties,
             )
             errors.append(error)
         return max(errors)
 
-    def routing(self, heads, block_size: int) -> float:
-        """`judge.check_routing` of the sampled rows of int32 [T, h]."""
-        return max(
-            judge.check_routing(heads[rows], sequence, means, block_size)
-            for sequence, rows, means in self.parts
-        )
+    def routing(self, routed, block_size: int) -> float:
+        """The judge's check of the router of the sampled rows."""
+        errors = []
+        for sequence, rows, means in self.parts:
+            heads = routed.heads[rows]
+            if routed.shared is None:
+                error = judge.check_routing(heads, sequence, means, block_size)
+            else:
+                own = heads, *routed.shared.of_rows(rows)
+                error = judge.check_sampled_routing(own, sequence)
+            errors.append(error)
+        return max(errors)
 
 
 def well_formed(positions: torch.Tensor, lengths: torch.Tensor) -> bool:
@@ -108,15 +115,19 @@ def check_ours(variant, sample: Sample) -> dict:
         "well_formed": well_formed(positions, lengths),
         "deterministic": torch.equal(output, variant.total(0)),
     }
-    heads = variant.route(0)
-    if heads is None:
+    routed = variant.route(0)
+    if routed.heads is None:
         return checks | judged("selection", sample.selection, positions)
-    checks |= judged("routing", sample.routing, heads, variant.block_size)
+    checks |= judged("routing", sample.routing, routed, variant.block_size)
     if not variant.candidates:
-        return checks | judged("selection", sample.selection, positions, heads)
-    candidates = variant.score_select(0, heads).long()
+        return checks | judged(
+            "selection", sample.selection, positions, routed.heads, shared=routed.shared
+        )
+    candidates = variant.score_select(0, routed).long()
     checks["candidates_well_formed"] = well_formed(candidates, lengths)
-    checks |= judged("candidates", sample.selection, candidates, heads)
+    checks |= judged(
+        "candidates", sample.selection, candidates, routed.heads, shared=routed.shared
+    )
     return checks | judged(
         "selection", sample.selection, positions, candidates=candidates
     )

@@ -11,19 +11,25 @@ from .check import Sample, all_right, check_ours, check_production, outcome
 from .data import layer_bytes, layers_needed, make_layers, make_step
 
 TOPK = 2048
-VARIANTS = ("dsa", "misa", "misa-hierarchical", "dsa-misa-select")
-# How the variants that route choose their heads.
-ROUTER = "pooled"
+# The variants of ours: their router, and how many candidates all heads re-rank.
+OURS: dict[str, tuple[str | None, int]] = {
+    "misa": ("sampled", 0),
+    "misa-hierarchical": ("sampled", 4096),
+    "misa-pooled": ("pooled", 0),
+    "misa-pooled-hierarchical": ("pooled", 8192),
+    "dsa-misa-select": (None, 0),
+}
+VARIANTS = ("dsa", *OURS)
 
 
 def settings(variant: str, heads: int, args) -> dict:
-    """Active heads (None: all), candidates and block size of a variant of ours."""
-    routed = variant.startswith("misa")
-    hierarchical = variant == "misa-hierarchical"
+    """Router (None: all heads score), active heads, candidates and block size of a variant."""
+    router, candidates = OURS.get(variant, (None, 0))
     return {
-        "active_heads": min(args.active_heads, heads) if routed else None,
-        "rerank_candidates": args.rerank_candidates if hierarchical else 0,
-        "block_size": args.block_size,
+        "router": router,
+        "active_heads": min(args.active_heads, heads) if router else heads,
+        "rerank_candidates": candidates and (args.rerank_candidates or candidates),
+        "block_size": args.block_size if router == "pooled" else 0,
     }
 
 
@@ -130,15 +136,12 @@ def describe(case: Case, keys: str, name: str, args, device: dict) -> dict:
         "mode": case.mode,
         "variant": name,
         "keys": keys,
-        "router": ROUTER,
         "rows": case.rows,
         "batch": case.batch,
         "rows_per_seq": case.rows_per_seq,
         "context": case.context,
         "heads": case.heads,
-        "active_heads": ours["active_heads"] or case.heads,
-        "rerank_candidates": ours["rerank_candidates"],
-        "block_size": args.block_size if ours["active_heads"] else 0,
+        **ours,
         "topk": TOPK,
     } | device
 
@@ -160,13 +163,8 @@ def record(run: CaseRun, description: dict, args) -> dict:
     checks = run.checks[name]
     baseline_checks = run.checks.get("dsa") if baseline else None
     ours = settings(name, run.case.heads, args)
-    operations = work.operations(
-        run.case,
-        ours["active_heads"],
-        ours["block_size"],
-        ours["rerank_candidates"],
-    )
-    moved = work.bytes_moved(run.case, ours["active_heads"], TOPK)
+    operations = work.operations(run.case, **ours)
+    moved = work.bytes_moved(run.case, ours["router"], TOPK)
     return description | {
         "baseline": run.variants["dsa"].path if baseline else None,
         "baseline_ms": medians(baseline),

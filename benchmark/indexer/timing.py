@@ -27,7 +27,8 @@ class Graph:
     """One CUDA graph that runs `call` over all layers, one after another; `output` is what it wrote for the last."""
 
     def __init__(self, call, layers: int):
-        self.layers = layers
+        # The call holds the tensors that the graph reads.
+        self.call, self.layers = call, layers
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

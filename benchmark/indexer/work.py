@@ -1,6 +1,7 @@
 """What a variant has to do at least: floating-point operations and bytes of one call."""
 
 from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE
+from sglang.srt.layers.misa.reference import sample_positions
 
 from .cases import Case
 
@@ -18,31 +19,38 @@ def lengths(case: Case) -> list[int]:
 
 
 def operations(
-    case: Case, active_heads: int | None, block_size: int, candidates: int
+    case: Case,
+    router: str | None,
+    active_heads: int,
+    block_size: int,
+    rerank_candidates: int,
 ) -> int:
-    """Two a multiplication and addition of the dot products of queries with tokens, blocks and candidates.
+    """Two a multiplication and addition of the dot products of queries with tokens, the router's keys and candidates.
 
     Args:
-        active_heads: the heads that score every token; None for all, without routing.
-        candidates: tokens a row that all heads score again; 0 if none.
+        router: "sampled" looks at samples of the keys, "pooled" at blocks of `block_size` tokens; None at nothing.
+        active_heads: slots that score every token.
+        rerank_candidates: tokens a row that all heads score again; 0 if none.
     """
     products = 0
     for length in lengths(case):
-        products += (active_heads or case.heads) * length
-        if active_heads is not None:
+        products += active_heads * length
+        if router == "pooled":
             blocks = -(-(length // PAGE_SIZE * PAGE_SIZE) // block_size)
             products += case.heads * blocks
-        products += case.heads * min(candidates, length)
+        elif router == "sampled":
+            products += case.heads * len(sample_positions(length))
+        products += case.heads * min(rerank_candidates, length)
     return 2 * HEAD_DIM * products
 
 
-def bytes_moved(case: Case, active_heads: int | None, topk: int) -> int:
-    """Queries, the keys of every sequence once, its page means where heads are routed, and the indices written.
+def bytes_moved(case: Case, router: str | None, topk: int) -> int:
+    """Queries, the keys of every sequence once, its page means where the pooled router looks at them, and the indices written.
 
-    What is kept between kernels is left out, and so are the candidates' keys: they have been read before.
+    What is kept between kernels is left out, and so are the keys of samples and candidates: they are read anyway.
     """
     tokens = sum(case.contexts)
-    means = tokens // PAGE_SIZE * MEAN_BYTES if active_heads is not None else 0
+    means = tokens // PAGE_SIZE * MEAN_BYTES if router == "pooled" else 0
     queries = case.rows * case.heads * (HEAD_DIM + 4)
     return tokens * TOKEN_BYTES + means + queries + case.rows * topk * 4
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 from kept_answers import KeptAnswers
-from sglang_misa.client import Client
 from tqdm import tqdm
+
+from sglang_misa.client import Client
 
 NEEDLE = "\nThe magic number of {key} is {value}.\n"
 QUESTION = "\nWhat is the magic number of {key}? The magic number of {key} is"

@@ -19,8 +19,9 @@ from typing import Dict, List
 
 from kept_answers import KeptAnswers
 from results import Variant, ci95, show
-from sglang_misa.client import Client
 from tqdm import tqdm
+
+from sglang_misa.client import Client
 
 
 def window_ends(tokens: int, longest: int, scored: int, windows: int) -> List[int]:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 import local_data
-from sglang_misa.client import REQUEST_SECONDS, Client
 from tqdm import tqdm
+
+from sglang_misa.client import REQUEST_SECONDS, Client
 
 SUITES = {
     "ruler": [

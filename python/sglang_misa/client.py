@@ -126,6 +126,17 @@ class Client:
                 if line.startswith(b"data: {"):
                     yield json.loads(line[len(b"data: ") :])
 
+    def set_chunk(self, tokens: int) -> None:
+        """From now on prompts are prefilled in chunks of so many tokens; the CPU engine alone can change that.
+
+        Raises:
+            ValueError: the server does not.
+        """
+        values = {"chunked_prefill_size": tokens}
+        answer = self.post("/set_internal_state", server_args=values)
+        if not all(answer.json()):
+            raise ValueError(f"{self.url} does not change its chunked_prefill_size")
+
     def flush_cache(self) -> None:
         """Empty the radix cache, once nothing is running.
 

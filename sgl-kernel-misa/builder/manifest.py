@@ -34,7 +34,7 @@ def entry(
 
 
 def sources_digest() -> str:
-    """A hash of the kernels, their headers and constants and the builder: the library is up to date if its manifest has the same."""
+    """A hash of all that a library is made of: it is up to date if its manifest has the same."""
     files = [
         *(ROOT / "builder").rglob("*.py"),
         *(ROOT / "kernels").rglob("*.py"),

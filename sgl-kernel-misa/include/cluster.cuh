@@ -73,9 +73,10 @@ __device__ __forceinline__ void prepare_mailbox(uint64_t* barrier) {
 }
 
 __device__ __forceinline__ void send(unsigned long long* to, unsigned long long value, uint64_t* barrier, int rank) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(peer_address(to, rank)),
-               "l"(value), "r"(peer_address(barrier, rank))
-               : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(peer_address(to, rank)),
+      "l"(value), "r"(peer_address(barrier, rank))
+      : "memory");
 }
 
 // Every thread must call this.

@@ -7,8 +7,8 @@
 
 namespace misa {
 
-constexpr int kBins = 2048;    // of a histogram
-constexpr int kScratch = 64;   // ints of shared memory that a kernel sets aside for the functions here
+constexpr int kBins = 2048;   // of a histogram
+constexpr int kScratch = 64;  // ints of shared memory that a kernel sets aside for the functions here
 
 // A float's bits in an order in which unsigned integers compare as the floats do; both zeros alike. What is not a number is
 // 0, below all numbers, -infinity included: it passes no comparison of floats either, so selections by floats and by keys agree.
@@ -69,7 +69,8 @@ __device__ __forceinline__ void find_bin(const int* bins, int need, int* scratch
   const int first = kBins - kPer * (threadIdx.x + 1);  // threads take the bins in descending order
   int count[kPer], sum = 0;
 #pragma unroll
-  for (int i = 0; i < kPer; i += 4) *reinterpret_cast<int4*>(count + i) = *reinterpret_cast<const int4*>(bins + first + i);
+  for (int i = 0; i < kPer; i += 4)
+    *reinterpret_cast<int4*>(count + i) = *reinterpret_cast<const int4*>(bins + first + i);
 #pragma unroll
   for (int i = 0; i < kPer; ++i) sum += count[i];
   int total;

@@ -39,7 +39,8 @@ __device__ __forceinline__ unsigned reaching(const Part& part, int first, const 
   }
   // The end of the row may lie in the middle of a load.
   const int left = part.end - token_of_lane(first), rest = left % 128;
-  if (left > 0 && left < kWarpTokens && rest < 4) mask &= ~(0xfu << left / 128 * 4) | ((1u << rest) - 1) << left / 128 * 4;
+  if (left > 0 && left < kWarpTokens && rest < 4)
+    mask &= ~(0xfu << left / 128 * 4) | ((1u << rest) - 1) << left / 128 * 4;
   return mask;
 }
 
@@ -149,7 +150,8 @@ __device__ __forceinline__ void for_each_group(unsigned mask, Write write) {
 // more than kCandidates, none is listed. scores: the first batch of the part; if it is HELD the part has no other. Ends with a
 // barrier.
 template <bool HELD>
-__device__ __forceinline__ int list_candidates(const Part& part, uint4 (&scores)[kLoads], float low, uint2* list, int* counts) {
+__device__ __forceinline__ int list_candidates(const Part& part, uint4 (&scores)[kLoads], float low, uint2* list,
+                                               int* counts) {
   unsigned mask = reaching(part, part.first, scores, low);
   int mine = __popc(mask), total;
   if constexpr (!HELD) {
@@ -230,8 +232,8 @@ __device__ __forceinline__ int position_of_tie(const uint2* list, int count, uns
 // in low .. low + span the `need` best; the row's k-th entry is the last of these. `fine` is clear when the counting begins. `other`,
 // which was counted into before, is cleared behind the barrier at which all have counted into `fine`: then none still reads it.
 template <int RANKS>
-__device__ __forceinline__ bool cut_candidates(const uint2* list, int count, const Bound& bound, int topk, int rank, int* bins,
-                                               int* scratch, Cut& cut, int& before) {
+__device__ __forceinline__ bool cut_candidates(const uint2* list, int count, const Bound& bound, int topk, int rank,
+                                               int* bins, int* scratch, Cut& cut, int& before) {
   int *fine = bins + kBins, *other = fine + kFineBins;
   unsigned low = bound.low, span = ~low;  // the keys that are looked at: low .. low + span
   int shift = bound.shift;
@@ -293,7 +295,8 @@ __device__ __forceinline__ bool cut_candidates(const uint2* list, int count, con
 
   // 4. The k-th entry is one of a few: each CTA shows its own to all, in a place of their list that is its own. The mailbox says
   // when all have come, so this needs no barrier of the cluster.
-  unsigned long long* const contenders = reinterpret_cast<unsigned long long*>(bins);  // the sample's bins are done with
+  unsigned long long* const contenders =
+      reinterpret_cast<unsigned long long*>(bins);  // the sample's bins are done with
   static_assert(kContenders * sizeof(*contenders) <= kBins * sizeof(int), "they lie there");
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
@@ -335,7 +338,9 @@ __device__ __forceinline__ void emit_candidates(const uint2* list, int count, co
   constexpr int kAtOnce = 4;  // groups of 32, so that the loads of the page table wait together
   const int lane = threadIdx.x % 32, share = (count + kThreads - 1) / kThreads * 32;  // of a warp
   const int first = threadIdx.x / 32 * share, last = min(first + share, count);
-  const auto selects = [&](int i) { return i < last && is_selected(ordered(__uint_as_float(list[i].x)), list[i].y, cut); };
+  const auto selects = [&](int i) {
+    return i < last && is_selected(ordered(__uint_as_float(list[i].x)), list[i].y, cut);
+  };
   int selected = 0, total;
 #pragma unroll 1
   for (int i = first + lane; i < last; i += 32) selected += selects(i);

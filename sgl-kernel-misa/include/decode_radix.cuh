@@ -9,7 +9,10 @@ namespace misa {
 // Bits of a key below a digit: 11, 11 and 10 bits of the score, 11 and 11 of the position. Constants, so that the compiler
 // sees which half of a key a digit lies in. -1: the whole key's bits.
 template <int DIGIT>
-constexpr int kDigitShift = DIGIT < 2 ? 43 - 11 * DIGIT : DIGIT == 2 ? 22 : DIGIT == 3 ? 11 : 0;
+constexpr int kDigitShift = DIGIT < 2    ? 43 - 11 * DIGIT
+                            : DIGIT == 2 ? 22
+                            : DIGIT == 3 ? 11
+                                         : 0;
 
 // Calls visit(token, keys, count) for the tokens of a part, 128 at a time: those of this lane are `count` from `token` on.
 template <typename Visit>
@@ -29,7 +32,7 @@ template <int RANKS, int DIGIT>
 __device__ __forceinline__ bool select_digit(const Part& part, int rank, int* bins, int* scratch, RadixState& state) {
   constexpr int kBefore = kDigitShift<DIGIT - 1>, kAfter = kDigitShift<DIGIT>;
   int* const mine = bins + DIGIT % 2 * kBins;
-  for_each_load(part, [&](int token, const unsigned(&keys)[4], int count) {
+  for_each_load(part, [&](int token, const unsigned (&keys)[4], int count) {
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const unsigned long long entry = entry_key(keys[v], token + v);
@@ -58,8 +61,10 @@ __device__ __forceinline__ Cut cut_by_radix(const Part& part, int topk, int rank
   if (RANKS > 1) cluster_wait();
   clear_bins<kThreads>(bins);
   __syncthreads();
-  select_digit<RANKS, 0>(part, rank, bins, scratch, state) || select_digit<RANKS, 1>(part, rank, bins, scratch, state) ||
-      select_digit<RANKS, 2>(part, rank, bins, scratch, state) || select_digit<RANKS, 3>(part, rank, bins, scratch, state) ||
+  select_digit<RANKS, 0>(part, rank, bins, scratch, state) ||
+      select_digit<RANKS, 1>(part, rank, bins, scratch, state) ||
+      select_digit<RANKS, 2>(part, rank, bins, scratch, state) ||
+      select_digit<RANKS, 3>(part, rank, bins, scratch, state) ||
       select_digit<RANKS, 4>(part, rank, bins, scratch, state);
   // radix_selected(state, key): key is at least the prefix, filled with zeros.
   const unsigned long long least = state.prefix << state.shift;
@@ -69,16 +74,18 @@ __device__ __forceinline__ Cut cut_by_radix(const Part& part, int topk, int rank
 // Writes the selected tokens of a part. counts: one for every warp, and one more. The CTAs leave with a cluster barrier arrived
 // at and not waited for, if they are several.
 template <int RANKS>
-__device__ __forceinline__ void emit_selected(const Part& part, const Cut& cut, int rank, int form, const int* pages, int offset,
-                                              int* counts, int* out) {
-  const auto selected_of = [&](int token, const unsigned(&keys)[4], int count) {
+__device__ __forceinline__ void emit_selected(const Part& part, const Cut& cut, int rank, int form, const int* pages,
+                                              int offset, int* counts, int* out) {
+  const auto selected_of = [&](int token, const unsigned (&keys)[4], int count) {
     unsigned mask = 0;
 #pragma unroll
     for (int v = 0; v < 4; ++v) mask |= (unsigned)(v < count && is_selected(keys[v], token + v, cut)) << v;
     return mask;
   };
   int selected = 0, total;
-  for_each_load(part, [&](int token, const unsigned(&keys)[4], int count) { selected += __popc(selected_of(token, keys, count)); });
+  for_each_load(part, [&](int token, const unsigned (&keys)[4], int count) {
+    selected += __popc(selected_of(token, keys, count));
+  });
   selected = __reduce_add_sync(0xffffffffu, selected);
   if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = selected;
   __syncthreads();
@@ -90,7 +97,7 @@ __device__ __forceinline__ void emit_selected(const Part& part, const Cut& cut, 
     for (int r = 0; r < rank; ++r) slot += load_peer(&counts[kWarps], r);
     cluster_arrive();
   }
-  for_each_load(part, [&](int token, const unsigned(&keys)[4], int count) {
+  for_each_load(part, [&](int token, const unsigned (&keys)[4], int count) {
     const unsigned mask = selected_of(token, keys, count);
     const int inclusive = warp_inclusive_scan(__popc(mask));
     int to = slot + inclusive - __popc(mask);
@@ -103,8 +110,8 @@ __device__ __forceinline__ void emit_selected(const Part& part, const Cut& cut, 
 
 // Selects from a row whatever its scores are. Not inlined: it must not take registers from what is done for every row.
 template <int RANKS>
-__device__ __noinline__ void select_by_radix(Part part, int topk, int rank, int form, const int* pages, int offset, int* bins,
-                                             int* scratch, int* out) {
+__device__ __noinline__ void select_by_radix(Part part, int topk, int rank, int form, const int* pages, int offset,
+                                             int* bins, int* scratch, int* out) {
   const Cut cut = cut_by_radix<RANKS>(part, topk, rank, bins, scratch);
   emit_selected<RANKS>(part, cut, rank, form, pages, offset, scratch, out);
 }

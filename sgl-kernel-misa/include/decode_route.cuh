@@ -18,12 +18,12 @@ namespace misa {
 constexpr int kThreads = 256;
 constexpr int kTile = kThreads / 16;  // pooled keys at a time: 16 threads average one
 constexpr int kGroup = 16;            // pages of a pooled key whose means are under way at once
-constexpr int kKeyBytes = 320;        // from one pooled key to the next: so the tensor cores' operands meet no bank conflict
+constexpr int kKeyBytes = 320;  // from one pooled key to the next: so the tensor cores' operands meet no bank conflict
 
 // The pooled keys of a sequence: those of its complete blocks, then for every row that of the partial block at its end.
 struct Blocks {
-  int complete;                        // of the longest row
-  int all;                             // and as many more as the last row with a partial block says
+  int complete;                         // of the longest row
+  int all;                              // and as many more as the last row with a partial block says
   int full[kMaxRows], pages[kMaxRows];  // a row's complete blocks, and the pages of its partial one
 };
 
@@ -93,7 +93,8 @@ __device__ __forceinline__ uint4 pool_block(const uint4* page_means, const int* 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float low = (float)(sums[i * 2] / count), high = (float)(sums[i * 2 + 1] / count);
-    pooled[i] = __bfloat16_as_ushort(__float2bfloat16_rn(low)) | (unsigned)__bfloat16_as_ushort(__float2bfloat16_rn(high)) << 16;
+    pooled[i] = __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
+                (unsigned)__bfloat16_as_ushort(__float2bfloat16_rn(high)) << 16;
   }
   return make_uint4(pooled[0], pooled[1], pooled[2], pooled[3]);
 }
@@ -110,7 +111,8 @@ __device__ __forceinline__ unsigned widen(unsigned four) {
 
 __device__ __forceinline__ void multiply(float* acc, const unsigned* a, unsigned b0, unsigned b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -127,8 +129,10 @@ __device__ __forceinline__ void multiply_tile(const char* heads, const char* poo
     const int at = ((j * 2 + part / 2) ^ (group % 4 * 2)) * 16 + part % 2 * 8;
     const uint2 upper = *reinterpret_cast<const uint2*>(heads + group * 128 + at);
     const uint2 lower = *reinterpret_cast<const uint2*>(heads + (group + 8) * 128 + at);
-    const unsigned first[4] = {widen<false>(upper.x), widen<false>(lower.x), widen<true>(upper.x), widen<true>(lower.x)};
-    const unsigned second[4] = {widen<false>(upper.y), widen<false>(lower.y), widen<true>(upper.y), widen<true>(lower.y)};
+    const unsigned first[4] = {widen<false>(upper.x), widen<false>(lower.x), widen<true>(upper.x),
+                               widen<true>(lower.x)};
+    const unsigned second[4] = {widen<false>(upper.y), widen<false>(lower.y), widen<true>(upper.y),
+                                widen<true>(lower.y)};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 key = *reinterpret_cast<const uint4*>(pooled + (half * 8 + group) * kKeyBytes + j * 64 + part * 16);
@@ -148,10 +152,11 @@ __device__ __forceinline__ void multiply_tile(const char* heads, const char* poo
 // 2. Row r's sums come together in CTA r % RANKS, in the order of the CTAs: behind a barrier of the cluster.
 // 3. That CTA picks the row's heads.
 template <int HEADS, int RANKS>
-__device__ __forceinline__ void route_sequence(const void* q, const float* weights, const void* page_means, const int* pages,
-                                               const int* lengths, int rows, int max_pages, int block_pages, int active_heads,
-                                               int rank, void* q_shared_, void* k_shared_, unsigned* sees, float* sums,
-                                               unsigned* keys, unsigned* votes, int* out) {
+__device__ __forceinline__ void route_sequence(const void* q, const float* weights, const void* page_means,
+                                               const int* pages, const int* lengths, int rows, int max_pages,
+                                               int block_pages, int active_heads, int rank, void* q_shared_,
+                                               void* k_shared_, unsigned* sees, float* sums, unsigned* keys,
+                                               unsigned* votes, int* out) {
   constexpr int kMine = kMaxRows * HEADS / 16 / (kThreads / 32);  // groups of 16 heads of a row that a warp multiplies
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 16;
   char* const q_shared = (char*)q_shared_;
@@ -182,8 +187,7 @@ __device__ __forceinline__ void route_sequence(const void* q, const float* weigh
       }
     }
     if ((tile > 0 || first != guess) && count > 0) id = pages[first + min(lane, count - 1)];
-    const uint4 pooled = pool_block((const uint4*)page_means, pages + first, count, id,
-                                    (int*)sees + kTile + tid / 16);
+    const uint4 pooled = pool_block((const uint4*)page_means, pages + first, count, id, (int*)sees + kTile + tid / 16);
     *reinterpret_cast<uint4*>(k_shared + tid / 16 * kKeyBytes + lane * 16) = pooled;
     if (lane == 0) sees[tid / 16] = seen;
     asm volatile("cp.async.wait_all;" ::: "memory");

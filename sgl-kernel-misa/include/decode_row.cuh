@@ -65,7 +65,8 @@ __device__ __forceinline__ int find_bin_of_all(const int* bins, int need, int ra
   for (int r = 0; r < RANKS; ++r) {
     int peer[kPer];
     if constexpr (kPer == 4) {
-      *reinterpret_cast<int4*>(peer) = RANKS == 1 ? *reinterpret_cast<const int4*>(bins + first) : load_peer4(bins + first, r);
+      *reinterpret_cast<int4*>(peer) =
+          RANKS == 1 ? *reinterpret_cast<const int4*>(bins + first) : load_peer4(bins + first, r);
     } else {
       static_assert(kPer == 1, "a thread owns four bins or one");
       peer[0] = RANKS == 1 ? bins[first] : load_peer(bins + first, r);

@@ -37,8 +37,10 @@ struct PageScheduler {
 
 // Ints that the kernel sets aside for it, and the places of those that the kernel reads.
 constexpr int kSchedulerInts = sizeof(PageScheduler) / sizeof(int);
-constexpr int kSequence = offsetof(PageScheduler, sequence) / sizeof(int), kSequencePage = offsetof(PageScheduler, page) / sizeof(int);
-constexpr int kLeft = offsetof(PageScheduler, left) / sizeof(int), kSegment = offsetof(PageScheduler, segment) / sizeof(int);
+constexpr int kSequence = offsetof(PageScheduler, sequence) / sizeof(int),
+              kSequencePage = offsetof(PageScheduler, page) / sizeof(int);
+constexpr int kLeft = offsetof(PageScheduler, left) / sizeof(int),
+              kSegment = offsetof(PageScheduler, segment) / sizeof(int);
 
 // Pages of a sequence that are scored: none if all its rows see at most topk tokens.
 __device__ __forceinline__ int scored_pages(const int* lengths, int sequence, int rows_per_seq, int topk) {
@@ -48,8 +50,8 @@ __device__ __forceinline__ int scored_pages(const int* lengths, int sequence, in
 }
 
 // As with the others here, every lane of a warp must call it.
-__device__ __forceinline__ void scheduler_begin(int* scheduler, const int* lengths, int batch, int rows_per_seq, int topk,
-                                                int cta, int ctas) {
+__device__ __forceinline__ void scheduler_begin(int* scheduler, const int* lengths, int batch, int rows_per_seq,
+                                                int topk, int cta, int ctas) {
   int all = 0;
   for (int i = threadIdx.x & 31; i < batch; i += 32) all += scored_pages(lengths, i, rows_per_seq, topk);
   all = __reduce_add_sync(0xffffffffu, all);
@@ -122,10 +124,10 @@ __device__ __forceinline__ void read_note(const int* note, int* numbers) {
 // of head i * 2 + b of row t, as TileLang's wgmma reads them (rows of 128 bytes whose 16-byte pieces are swizzled by the row
 // modulo 8); gates, HEADS of four rows; seen, four rows' lengths. Nothing is written for rows that are not there.
 template <int HEADS>
-__device__ __forceinline__ void load_sequence(const void* q, const float* weights, const int* active, const void* shared_q,
-                                              const float* shared_scale, const int* lengths, int sequence, int rows_per_seq,
-                                              int num_heads, int active_heads, int shared, void* q_shared_all, int slot, float* gates,
-                                              int* seen) {
+__device__ __forceinline__ void load_sequence(const void* q, const float* weights, const int* active,
+                                              const void* shared_q, const float* shared_scale, const int* lengths,
+                                              int sequence, int rows_per_seq, int num_heads, int active_heads,
+                                              int shared, void* q_shared_all, int slot, float* gates, int* seen) {
   const Queries queries = {q, active, shared_q, num_heads, active_heads, shared};
   char* const q_shared = (char*)q_shared_all + slot * kMaxRows * HEADS * 128;
   const int lane = threadIdx.x % 32, first_row = sequence * rows_per_seq;
@@ -170,7 +172,8 @@ __device__ __forceinline__ int load_length(const int* length) {
 }
 
 // Stores one page's scores (rr 0 and 1 of a lane's row) that the row sees.
-__device__ __forceinline__ void store_scores(const float* score, int token, int length, int init, int local, float* out) {
+__device__ __forceinline__ void store_scores(const float* score, int token, int length, int init, int local,
+                                             float* out) {
 #pragma unroll
   for (int rr = 0; rr < 2; ++rr) {
     const int position = token + rr * 8;

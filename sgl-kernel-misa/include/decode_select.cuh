@@ -10,8 +10,9 @@ constexpr int kAlone = 8192;  // tokens of a row that one CTA selects from by it
 
 // Selects from a row that RANKS CTAs share. need_of_sample: see `bound_from_below`; HELD, list: see `list_candidates`.
 template <int RANKS, bool HELD>
-__device__ __forceinline__ void select_shared(const Part& part, int length, int topk, int need_of_sample, int rank, int form,
-                                              const int* pages, int offset, uint2* list, int* bins, int* scratch, int* out) {
+__device__ __forceinline__ void select_shared(const Part& part, int length, int topk, int need_of_sample, int rank,
+                                              int form, const int* pages, int offset, uint2* list, int* bins,
+                                              int* scratch, int* out) {
   unsigned sample[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -39,7 +40,8 @@ __device__ __forceinline__ void select_shared(const Part& part, int length, int 
 // The scores are those of the kernel before this one, which is waited for here; nothing else is.
 template <int RANKS>
 __device__ __forceinline__ void select_row(const float* row_scores, int length, int topk, int rank, int form,
-                                           const int* pages, int offset, void* list_, int* bins, int* scratch, int* out) {
+                                           const int* pages, int offset, void* list_, int* bins, int* scratch,
+                                           int* out) {
   uint2* const list = (uint2*)list_;
   const bool alone = RANKS == 1 || length <= kAlone;
   if (alone && rank > 0) return;

@@ -22,8 +22,12 @@ __device__ __forceinline__ void cp_async_4(void* to, const void* from) {
 
 // Bytes from the first key, and from the first scale, of the cache, whose pages hold keys before scales. So written, each is two
 // multiplications and no division.
-__device__ __forceinline__ long long key_offset(unsigned slot) { return (long long)slot * kTokenBytes - slot % kPage * 4; }
-__device__ __forceinline__ long long scale_offset(unsigned slot) { return (long long)slot * kTokenBytes - slot % kPage * kHeadDim; }
+__device__ __forceinline__ long long key_offset(unsigned slot) {
+  return (long long)slot * kTokenBytes - slot % kPage * 4;
+}
+__device__ __forceinline__ long long scale_offset(unsigned slot) {
+  return (long long)slot * kTokenBytes - slot % kPage * kHeadDim;
+}
 
 // Slots are listed in tiles: the last one is filled up with the last slot. Returns after a barrier.
 template <int THREADS, int TILE>

@@ -48,8 +48,9 @@ __device__ __forceinline__ void collect_scores(unsigned* scores, int share, int 
 // Selects `need` of `count` listed positions, given their scores as ordered keys, and writes them in the order of the list,
 // which is ascending: of equal scores, too, the first are selected. histogram: kBins ints, 16-byte aligned.
 template <int THREADS>
-__device__ __forceinline__ void select_listed(const int* list, const unsigned* scores, int count, int need, void* histogram,
-                                              int* scratch, int form, const int* pages, int offset, int* out) {
+__device__ __forceinline__ void select_listed(const int* list, const unsigned* scores, int count, int need,
+                                              void* histogram, int* scratch, int form, const int* pages, int offset,
+                                              int* out) {
   int* const bins = (int*)histogram;
   // Scores with a larger prefix are selected, and `need` of those that share it.
   unsigned prefix = 0;

@@ -44,6 +44,7 @@ __device__ __forceinline__ void pick_heads(const unsigned* keys, int heads, int 
   if (head < heads) {
     const unsigned mine = keys[head];
     int rank = 0;
+#pragma unroll 8
     for (int j = 0; j < heads; ++j) rank += keys[j] > mine || (keys[j] == mine && j < head);
     chosen = rank < count;
   }

@@ -11,12 +11,14 @@
 
 namespace misa {
 
-constexpr int kSamples = 256;       // the most that stand for a prefix
+constexpr int kSamples = 256;        // the most that stand for a prefix
 constexpr int kRouterThreads = 128;  // one warpgroup
 constexpr int kColumns = 64;         // heads of the wgmma
 
 // log2 of the tokens that one sample stands for: the least with which at most kSamples stand for all.
-__device__ __forceinline__ int sample_stride_shift(int length) { return 32 - __clz((unsigned)max(length - 1, 0) / kSamples); }
+__device__ __forceinline__ int sample_stride_shift(int length) {
+  return 32 - __clz((unsigned)max(length - 1, 0) / kSamples);
+}
 
 // Position of sample i, one token of every 1 << shift: which one changes from stride to stride, so that no period in the text
 // can follow, and is never the first token of a prefix with a stride.
@@ -26,14 +28,15 @@ __device__ __forceinline__ int routing_sample_position(int i, int shift) {
 
 // Copies the keys and scales of samples 0 .. kSamples - 1 of a sequence and waits for them. Past sample `last` that one again:
 // what is behind it may not have been stored yet. Two barriers must enclose this.
-__device__ __forceinline__ void copy_samples(const void* keys, const void* scales, const int* pages, int shift, int last,
-                                             void* k_shared, float* s_shared) {
+__device__ __forceinline__ void copy_samples(const void* keys, const void* scales, const int* pages, int shift,
+                                             int last, void* k_shared, float* s_shared) {
   const auto slot_of_sample = [&](int i) { return slot_of(routing_sample_position(min(i, last), shift), pages); };
   const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
   const char* const from = (const char*)keys + piece * 16;
   char* const to = (char*)k_shared + row * kHeadDim + (piece ^ row % 8) * 16;
 #pragma unroll
-  for (int i = 0; i < kSamples; i += kRouterThreads / 8) cp_async_16(to + i * kHeadDim, from + key_offset(slot_of_sample(i + row)));
+  for (int i = 0; i < kSamples; i += kRouterThreads / 8)
+    cp_async_16(to + i * kHeadDim, from + key_offset(slot_of_sample(i + row)));
 #pragma unroll
   for (int i = threadIdx.x; i < kSamples; i += kRouterThreads) {
     cp_async_4(s_shared + i, (const char*)scales + scale_offset(slot_of_sample(i)));
@@ -83,7 +86,8 @@ __device__ __forceinline__ float common_scale(const float* scales, int n) {
   float largest = 0.f;
 #pragma unroll
   for (int i = threadIdx.x % 32; i < kSamples; i += 32) largest = fmaxf(largest, i < n ? scales[i] : 0.f);
-  const int exponent = (int)(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)) >> 23);  // biased; scales are positive
+  const int exponent =
+      (int)(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)) >> 23);  // biased; scales are positive
   return __uint_as_float((unsigned)(254 - min(max(exponent, 1), 253)) << 23);
 }
 
@@ -91,8 +95,8 @@ __device__ __forceinline__ float common_scale(const float* scales, int n) {
 // samples, of which the row has n.
 // A NaN or the product of a sample that the row does not have counts as nothing.
 template <int HEADS>
-__device__ __forceinline__ void fit_lines(const float* acc, const float* scales, int n, const float* weights, float* slopes,
-                                          unsigned* ranked) {
+__device__ __forceinline__ void fit_lines(const float* acc, const float* scales, int n, const float* weights,
+                                          float* slopes, unsigned* ranked) {
   const int lane = threadIdx.x % 32;
   const float common = common_scale(scales, n);
   Moments sums[2] = {};
@@ -149,8 +153,9 @@ __device__ __forceinline__ float shared_scale_of(float largest) {
 // are taken in four parts of ascending heads, whose sums are added in the order of the parts. sums: 4 * 128 floats; factors: 64;
 // largest: 4. Every thread must call this; `slopes` and `routed` are there.
 template <int HEADS>
-__device__ __forceinline__ void share_lines(const void* q_shared, const float* weights, const float* slopes, const unsigned* routed,
-                                            float* factors, float* sums, float* largest, void* shared_q, float* shared_scale) {
+__device__ __forceinline__ void share_lines(const void* q_shared, const float* weights, const float* slopes,
+                                            const unsigned* routed, float* factors, float* sums, float* largest,
+                                            void* shared_q, float* shared_scale) {
   static_assert(kRouterThreads == kHeadDim, "a thread a dimension, four dimensions a lane");
   constexpr int kPart = HEADS / (kRouterThreads / 32);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

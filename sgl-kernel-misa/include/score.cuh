@@ -16,7 +16,8 @@ namespace misa {
 // x + |x| is 2 relu(x), exactly, and runs at twice the rate of max(x, 0); the scale takes the 2 back. The last slot may be the
 // shared head's, which has no relu: `rectified` is 1 where it has one, and 0 where not.
 template <int HEADS, int GROUPS>
-__device__ __forceinline__ void sum_heads(const float* acc, const float* weights, const float* scale, float rectified, float* out) {
+__device__ __forceinline__ void sum_heads(const float* acc, const float* weights, const float* scale, float rectified,
+                                          float* out) {
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
 #pragma unroll
@@ -78,7 +79,8 @@ __device__ __forceinline__ void sum_heads_of_quad(const float* acc, const float*
 #pragma unroll
     for (int i = 0; i < HEADS / 8; ++i) {
 #pragma unroll
-      for (int b = 0; b < 2; ++b) sum = fmaf(gate[i * 2 + b], acc[i * 4 + rr * 2 + b] + fabsf(acc[i * 4 + rr * 2 + b]), sum);
+      for (int b = 0; b < 2; ++b)
+        sum = fmaf(gate[i * 2 + b], acc[i * 4 + rr * 2 + b] + fabsf(acc[i * 4 + rr * 2 + b]), sum);
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);

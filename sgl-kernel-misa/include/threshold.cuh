@@ -27,8 +27,8 @@ __device__ __forceinline__ void sample_ranks(int samples, int length, int k, flo
 // A score between the two, about half a standard deviation under the expected k-th one: there the candidates of either side
 // are fewest on average. The ranks of scores in a tail grow exponentially, near enough; where it is put is of no
 // consequence but for time.
-__device__ __forceinline__ float middle_threshold(int samples, int length, int k, int high_rank, int low_rank, float high,
-                                                  float low) {
+__device__ __forceinline__ float middle_threshold(int samples, int length, int k, int high_rank, int low_rank,
+                                                  float high, float low) {
   const float rank = expected_rank(samples, length, k) + 0.5f * rank_deviation(samples, length, k);
   const float share = logf(low_rank / rank) / logf((float)low_rank / high_rank);
   return fminf(fmaxf(low + (high - low) * share, low), high);
@@ -106,7 +106,7 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
   if (sample_position(samples, shift) < length) ++samples;
   int high_rank, low_rank;
   sample_ranks(samples, length, k, deviations, high_rank, low_rank);
-  const bool no_high = high_rank < 1, no_low = low_rank > samples;
+  const bool no_high = high_rank<1, no_low = low_rank> samples;
   high_rank = max(high_rank, 1);
   low_rank = min(low_rank, samples);
   int high_need = high_rank, low_need = low_rank, left = 32;
@@ -147,7 +147,8 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
   }
   if (threadIdx.x == 0) {
     // Numbers, whatever the samples and the bits not looked at are: between thresholds that are not, planes mean nothing.
-    const unsigned upper_key = no_high ? kInfinity : high << left | ((1u << left) - 1), lower_key = no_low ? 0 : low << left;
+    const unsigned upper_key = no_high ? kInfinity : high << left | ((1u << left) - 1),
+                   lower_key = no_low ? 0 : low << left;
     const float upper = from_ordered(min(max(upper_key, kLeastNumber), kInfinity));
     const float lower = from_ordered(min(max(lower_key, kLeastNumber), kInfinity));
     float middle = upper;

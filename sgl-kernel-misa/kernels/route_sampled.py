@@ -7,7 +7,7 @@ fit of every head (`sampled_router.cuh`). What it costs does not grow with the c
 
 import tilelang.language as T
 
-from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, ROUTER_TILE_ROWS
+from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, ROUTER_CTAS_PER_SM
 from kernels.dimensions import dimensions
 from kernels.headers import include
 from kernels.paged_cache import PAGE_WORDS
@@ -18,7 +18,7 @@ COLUMNS = 64  # heads of the wgmma
 
 
 def get_route_sampled_kernel(num_heads: int):
-    """One CTA a tile of rows of one sequence; `rows_per_seq` rows a sequence, or as `cu_rows` says where that is 0.
+    """One CTA a tile of `tile_rows` rows of one sequence; `rows_per_seq` rows a sequence, or as `cu_rows` says where that is 0.
 
     An indexer of 32 heads fills half of the wgmma with the same heads again.
     """
@@ -42,6 +42,7 @@ def get_route_sampled_kernel(num_heads: int):
         shared_scale: T.Tensor((rows,), T.float32),
         dealt: T.Tensor((1,), T.int32),
         rows_per_seq: T.int32,
+        tile_rows: T.int32,
         tiles: T.int32,
     ):
         with T.Kernel(tiles, threads=THREADS) as tile:
@@ -53,7 +54,7 @@ def get_route_sampled_kernel(num_heads: int):
                     kColumns=COLUMNS,
                 )
             )
-            T.annotate_min_blocks_per_sm(3)
+            T.annotate_min_blocks_per_sm(ROUTER_CTAS_PER_SM)
             q_shared = T.alloc_shared((2, COLUMNS, HEAD_DIM), T.float8_e4m3fn)
             k_shared = T.alloc_shared((SAMPLES, HEAD_DIM), T.float8_e4m3fn)
             s_shared = T.alloc_shared((SAMPLES,), T.float32)
@@ -88,7 +89,7 @@ def get_route_sampled_kernel(num_heads: int):
                     cu_rows.data,
                     batch,
                     tile,
-                    ROUTER_TILE_ROWS,
+                    tile_rows,
                 )
                 row0 = T.call_extern(
                     "int32",
@@ -96,12 +97,12 @@ def get_route_sampled_kernel(num_heads: int):
                     cu_rows.data,
                     seq,
                     tile,
-                    ROUTER_TILE_ROWS,
+                    tile_rows,
                 )
                 row1 = rows
                 if seq < batch:
                     row1 = cu_rows[seq + 1]
-                row1 = T.min(row1, row0 + ROUTER_TILE_ROWS)
+                row1 = T.min(row1, row0 + tile_rows)
             copied = -1
             if row0 < row1:
                 T.call_extern(

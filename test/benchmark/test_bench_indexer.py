@@ -19,10 +19,12 @@ from indexer.check import (
     well_formed,
 )
 from indexer.data import KEYS, contiguous_keys, make_layers, make_step
+from indexer.misa import Routed
 from indexer.text import Text
 from indexer.timing import Spread
 
 from sglang.srt.layers.misa import reference
+from sglang.srt.layers.misa.testing.judge import SharedHead
 
 TOPK, HEADS, BLOCK = 64, 32, 128
 PREFILL = Case("prefill", "prefill", (700, 300), 6, HEADS)
@@ -32,14 +34,11 @@ DECODE = Case("decode", "decode", (700, 300, 40), 1, HEADS)
 class Fake:
     """A variant of ours by the reference, which writes what its case asks for; `fault` spoils what it writes."""
 
-    def __init__(self, case, candidates=0, active_heads=4, keys="gaussian"):
+    def __init__(self, case, candidates=0, router="pooled", keys="gaussian"):
         (self.layer,) = make_layers(case, keys, 1, seed=0, text=None)
         self.step = make_step(case, [self.layer])
-        self.active_heads, self.candidates, self.block_size = (
-            active_heads,
-            candidates,
-            BLOCK,
-        )
+        self.router, self.active_heads = router, 4
+        self.candidates, self.block_size = candidates, BLOCK
         self.fault = lambda positions: positions
         self.calls = 0
 
@@ -49,38 +48,47 @@ class Fake:
         return torch.cat(parts).int()
 
     def route(self, _):
-        if self.active_heads is None:
-            return None
+        if self.router is None:
+            return Routed(None)
+        if self.router == "sampled":
+            parts = [
+                reference.route_sampled(*sequence, self.active_heads)
+                for sequence, _ in self.layer.rows()
+            ]
+            heads, query, scale = zip(*parts)
+            query = torch.cat([part.view(torch.uint8) for part in query])
+            shared = SharedHead(query.view(torch.float8_e4m3fn), torch.cat(scale))
+            return Routed(torch.cat(heads).int(), shared)
 
         def heads(sequence, rows):
             q, weights, k, k_scale, lengths = sequence
             means = reference.page_means(k, k_scale)
             return reference.route(q, weights, means, lengths, self.active_heads, BLOCK)
 
-        return self.each(heads)
+        return Routed(self.each(heads))
 
-    def scored(self, heads, topk, candidates=None):
+    def scored(self, routed, topk, candidates=None):
         def best(sequence, rows):
             q, weights, k, k_scale, lengths = sequence
-            if heads is not None:
-                q, weights = reference.of_heads(q, weights, heads[rows].long())
+            if routed.heads is not None:
+                q, weights = reference.of_heads(q, weights, routed.heads[rows].long())
             allowed = reference.visible(lengths, len(k))
             if candidates is not None:
                 allowed &= reference.members(candidates[rows].long(), len(k))
-            scores = reference.token_scores(q, weights, k, k_scale)
+            shared = () if routed.shared is None else routed.shared.of_rows(rows)
+            scores = reference.token_scores(q, weights, k, k_scale, *shared)
             return reference.top_positions(scores, allowed, topk)
 
         return self.each(best)
 
-    def score_select(self, _, heads):
-        return self.scored(heads, self.candidates or TOPK)
+    def score_select(self, _, routed):
+        return self.scored(routed, self.candidates or TOPK)
 
     def total(self, i):
         self.calls += 1
-        heads = self.route(i)
-        positions = self.score_select(i, heads)
+        positions = self.score_select(i, self.route(i))
         if self.candidates:
-            positions = self.scored(None, TOPK, positions)
+            positions = self.scored(Routed(None), TOPK, positions)
         positions = self.fault(positions)
         there = positions >= 0
         if self.step.case.mode == "prefill":
@@ -99,7 +107,13 @@ class Fake:
         return checker(self, Sample(self.layer, 16))
 
 
-VARIANTS = [dict(), dict(candidates=128), dict(active_heads=None)]
+VARIANTS = [
+    dict(),
+    dict(candidates=128),
+    dict(router="sampled"),
+    dict(router="sampled", candidates=128),
+    dict(router=None),
+]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -154,14 +168,15 @@ def test_faults_are_wrong(case, options, fault):
     assert not all_right(checks) and outcome("misa", checks) == "wrong"
 
 
-def test_wrong_heads_are_wrong():
-    variant = Fake(PREFILL)
+@pytest.mark.parametrize("router", ["pooled", "sampled"])
+def test_wrong_heads_are_wrong(router):
+    variant = Fake(PREFILL, router=router)
     right = variant.route(0)
-    other = next(h for h in range(HEADS) if h not in right[0])
-    wrong = right.clone()
+    other = next(h for h in range(HEADS) if h not in right.heads[0])
+    wrong = right.heads.clone()
     wrong[0, 0] = other
     wrong[0] = wrong[0].sort().values
-    variant.route = lambda _: wrong
+    variant.route = lambda _: right._replace(heads=wrong)
     checks = variant.check()
     # The selection is judged by the heads that were chosen, so it is right.
     assert checks["selection_problem"] is None
@@ -179,7 +194,7 @@ def test_results_that_change_are_wrong():
 
 class TestProduction:
     def make(self, keys="gaussian"):
-        return Fake(PREFILL, active_heads=None, keys=keys)
+        return Fake(PREFILL, router=None, keys=keys)
 
     def test_the_order_does_not_matter(self):
         variant = self.make()
@@ -271,15 +286,18 @@ def test_text_makes_layers():
 def test_work():
     case = Case("x", "prefill", (1000, 100), 2, 64)
     assert work.lengths(case) == [999, 1000, 99, 100]
-    assert work.operations(case, None, 1024, 0) == 256 * 64 * (999 + 1000 + 99 + 100)
+    assert work.operations(case, None, 64, 0, 0) == 256 * 64 * (999 + 1000 + 99 + 100)
     # 15 complete pages are two blocks of 8, one page is one.
     routed = 8 * 2198 + 64 * (2 + 2 + 1 + 1)
-    assert work.operations(case, 8, 512, 0) == 256 * routed
+    assert work.operations(case, "pooled", 8, 512, 0) == 256 * routed
+    sampled = 8 * 2198 + 64 * (249 + 250 + 99 + 100)
+    assert work.operations(case, "sampled", 8, 0, 0) == 256 * sampled
+    assert work.bytes_moved(case, "sampled", 2048) == work.bytes_moved(case, None, 2048)
     again = 64 * (300 + 300 + 99 + 100)
-    assert work.operations(case, 8, 512, 300) == 256 * (routed + again)
+    assert work.operations(case, "pooled", 8, 512, 300) == 256 * (routed + again)
     moved = 1100 * 132 + 4 * 64 * 132 + 4 * 2048 * 4
     assert work.bytes_moved(case, None, 2048) == moved
-    assert work.bytes_moved(case, 8, 2048) == moved + 17 * 256
+    assert work.bytes_moved(case, "pooled", 2048) == moved + 17 * 256
     rates = work.rates(10**12, 10**9, 2.0, 1000.0)
     assert rates == {"tflops": 500.0, "gbps": 500.0, "copy_share": 0.5}
 
@@ -313,10 +331,12 @@ def make_record(keys="gaussian", variant="misa", ms=1.0, base=2.0, checks=None):
 
 def test_a_record():
     record = make_record()
-    assert record["keys"] == "gaussian" and record["router"] == "pooled"
+    assert record["keys"] == "gaussian" and record["router"] == "sampled"
     assert record["outcome"] == "exact" and record["exact"] is True
     assert record["speedup"] == 2 and record["baseline_exact"] is False
-    assert record["gbps"] == pytest.approx(work.bytes_moved(CASES[0], 8, 2048) / 1e6)
+    assert record["gbps"] == pytest.approx(
+        work.bytes_moved(CASES[0], "sampled", 2048) / 1e6
+    )
     assert record["copy_share"] == record["gbps"] / 2000
     line = report.line(record)
     assert f"{record['tflops']:.0f}" in line and f"{record['copy_share']:.0%}" in line
@@ -353,7 +373,7 @@ def test_the_worst_keys():
     failed = run.describe(CASES[0], "equal", "misa", make_args(), DEVICE)
     records.append(run.failure(failed, "no"))
     ((key, (usual, slow)),) = report.worst(records, "gaussian").items()
-    assert key == (CASES[0].name, "misa", "pooled")
+    assert key == (CASES[0].name, "misa", "sampled")
     assert (usual["keys"], slow["keys"]) == ("gaussian", "rare")
     text = report.worst_keys(records, "gaussian")
     assert "rare" in text and "5.00 times" in text and "0.40 instead of 2.00" in text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sglang_misa.server import reserved_port, server_env
 
 ROOT = Path(__file__).parents[2]

@@ -1,27 +1,19 @@
-"""RULER and LongBench by lm-eval, on local data in the benchmarks' own formats, against a real server and one that can read;
-and the table."""
+"""RULER and LongBench by lm-eval, on local data in the benchmarks' own formats, against a server that can read; and the table.
+
+`test_quality.py` asks a real server.
+"""
 
 import json
 import re
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-BENCHMARK = ROOT / "benchmark" / "quality"
-MINI_DSA = ROOT / "scripts" / "mini_dsa" / "checkpoint"
 from fake_server import FakeServer
+from houses import run_lm_eval, write_data, write_table
 from table import markdown, with_tasks
 from tiny_model import write_tokenizer
 
-from sglang.srt.layers.misa.config import MisaConfig
-from sglang_misa.server import misa_args, serve
-
-ESSAY = "It is as it is, and so we go on. " * 400
-COLOURS = ("red", "green", "blue")
 MISA = {
     "enable_misa": True,
     "misa": {
@@ -33,78 +25,9 @@ MISA = {
 }
 
 
-def colour(house):
-    return COLOURS[house % 3]
-
-
-def question(house):
-    return f"What is the colour of house {house}?"
-
-
-def told(house):
-    return f"The colour of house {house} is {colour(house)}."
-
-
-def longbench_row(house, question, context, classes=None):
-    return {
-        "input": question,
-        "context": context,
-        "answers": [colour(house)],
-        "length": len(context.split()),
-        "dataset": "trec" if classes else "narrativeqa",
-        "language": "en",
-        "all_classes": classes,
-        "_id": str(house),
-    }
-
-
 @pytest.fixture
-def data_dir(tmp_path, monkeypatch):
-    """The folder that local_data.py describes."""
-    from nltk import data
-    from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
-
-    folder = tmp_path / "data"
-    monkeypatch.setattr(data, "path", [str(folder / "nltk_data")])
-    punkt = folder / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
-    punkt.mkdir(parents=True)
-    save_punkt_params(PunktTrainer(ESSAY).get_params(), dir=str(punkt))
-
-    (folder / "ruler").mkdir()
-    essays = folder / "ruler" / "PaulGrahamEssays.json"
-    essays.write_text(json.dumps({"text": ESSAY}))
-    # RULER asks 500 questions.
-    paragraphs = [
-        {
-            "context": told(house),
-            "qas": [
-                {
-                    "question": question(house),
-                    "is_impossible": False,
-                    "answers": [{"text": colour(house)}],
-                }
-            ],
-        }
-        for house in range(500)
-    ]
-    squad = {"data": [{"paragraphs": [paragraph]} for paragraph in paragraphs]}
-    (folder / "ruler" / "squad.json").write_text(json.dumps(squad))
-
-    # A line separator inside of a string ends no row.
-    context = "\u2028".join(told(house) for house in range(20))
-    rows = {
-        "narrativeqa": [longbench_row(i, question(i), context) for i in range(3)],
-        "hotpotqa": [longbench_row(i, question(i), context) for i in range(3)],
-        "trec": [
-            longbench_row(i, f"Question: {question(i)}\nType:", context, COLOURS)
-            for i in (10, 11, 12)
-        ],
-    }
-    (folder / "longbench").mkdir()
-    for name, of in rows.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of)
-        (folder / "longbench" / f"{name}.jsonl").write_text(lines)
-    return folder
+def data_dir(tmp_path):
+    return write_data(tmp_path / "data")
 
 
 def read(text):
@@ -142,19 +65,6 @@ def reader(tmp_path):
         yield server
 
 
-def run(server, output, data_dir, arguments, **options):
-    command = [sys.executable, BENCHMARK / "run_lm_eval.py", "--url", server.url]
-    command += ["--output", output, "--data-dir", data_dir, *arguments.split()]
-    return subprocess.run(command, **options)
-
-
-def write_table(results):
-    output = results.with_name("table.md")
-    command = [sys.executable, BENCHMARK / "table.py", results, "--output", output]
-    subprocess.run(command, check=True)
-    return output.read_text()
-
-
 def test_reader(reader, data_dir, tmp_path):
     """Right answers count, wrong ones do not; nothing is asked twice; all variants are asked the same questions."""
     output = tmp_path / "result.json"
@@ -162,7 +72,7 @@ def test_reader(reader, data_dir, tmp_path):
         "--tasks niah_single_2 ruler_cwe ruler_qa_squad longbench_narrativeqa "
         "longbench_trec --limit 3 --lengths "
     )
-    run(reader, output, data_dir, tasks + "2048 3000", check=True)
+    run_lm_eval(reader, output, data_dir, tasks + "2048 3000", check=True)
     asked = reader.asked
     assert len(asked) == 8 * 3
     assert all(body["temperature"] == 0 for body in asked)
@@ -189,17 +99,19 @@ def test_reader(reader, data_dir, tmp_path):
     assert sum(text.count("and so we go on. It is as it is") > 40 for text in niah) == 3
     assert max(len(body["prompt"]) for body in asked) <= 3000
 
-    run(reader, output, data_dir, tasks + "2048 3000", check=True)
+    run_lm_eval(reader, output, data_dir, tasks + "2048 3000", check=True)
     assert len(asked) == 8 * 3 and json.loads(output.read_text()) == results
 
     # Another variant, in another order, one request at a time, broken off within a task.
     reader.info |= MISA
     reader.asked, reader.patience = [], 5
     other = tasks + "3000 2048 --suite longbench ruler --parallel 1"
-    assert run(reader, output, data_dir, other, stderr=subprocess.PIPE).returncode
+    assert run_lm_eval(
+        reader, output, data_dir, other, stderr=subprocess.PIPE
+    ).returncode
     assert len(reader.asked) == 5
     reader.patience = -1
-    run(reader, output, data_dir, other, check=True)
+    run_lm_eval(reader, output, data_dir, other, check=True)
     assert Counter(body["prompt"] for body in reader.asked) == Counter(
         body["prompt"] for body in asked
     )
@@ -233,7 +145,7 @@ def test_reader(reader, data_dir, tmp_path):
 def test_refusals(arguments, message, reader, data_dir, tmp_path):
     (tmp_path / "result").mkdir()
     (tmp_path / "result" / "settings.json").write_text('{"tokenizer": "one"}')
-    failed = run(
+    failed = run_lm_eval(
         *(reader, tmp_path / "result.json", data_dir, arguments),
         stderr=subprocess.PIPE,
         text=True,
@@ -283,40 +195,3 @@ def test_table():
     assert "| 4096 tokens | - | 60.0 ± 4.0 | 90.0 ± 4.0 | 95.0 ± 4.0 |" in alone
     with pytest.raises(ValueError, match="no place for speed"):
         with_tasks([record("speed")])
-
-
-def test_a_server_with_misa(data_dir, tmp_path):
-    """SGLang's own API: every task gets a number, 0 for what mini-DSA was not trained on; the second time nothing is asked."""
-    output = tmp_path / "result.json"
-    arguments = (
-        "--tasks ruler_fwe ruler_qa_squad longbench_hotpotqa longbench_trec "
-        "--lengths 2560 --limit 1"
-    )
-    config = MisaConfig("pooled", 4, block_size=256)
-    args = (*misa_args(config), "--disable-cuda-graph")
-    env = {"SGLANG_DSA_FUSE_TOPK": "false"}
-    with serve(MINI_DSA, tmp_path / "server", *args, env=env) as server:
-        run(server, output, data_dir, arguments, check=True)
-        longest = max(record["lengths"].max() for record in server.records())
-        results = json.loads(output.read_text())
-        server.forget()
-        run(server, output, data_dir, arguments, check=True)
-        assert not server.records()
-    assert json.loads(output.read_text()) == results
-    assert 2048 < longest <= 2560 + 50
-    assert [r["task"] for r in results] == [
-        "longbench_hotpotqa",
-        "longbench_trec",
-        "ruler_fwe",
-        "ruler_qa_squad",
-    ]
-    # One answer has no standard error.
-    named = {"variant": "misa", "active_heads": 4, "block_size": 256}
-    named |= {"n": 1, "ci95": None}
-    assert all(r | named == r for r in results)
-    *zeros, squad = (r["value"] for r in results)
-    # One of three colours can be right by chance.
-    assert zeros == [0, 0, 0] and squad in (0, 1)
-    table = write_table(output)
-    assert "| | DSA | HISA | MISA h 4, B 256 | hierarchical MISA |" in table
-    assert "| ruler_fwe | - | - | 0.0 | - |" in table

@@ -6,7 +6,15 @@ compute-sanitizer --tool racecheck python sanitizer_case.py
 
 import sgl_kernel_misa
 import torch
-from kernel_ops import rerank, route, route_topk_decode, topk_decode, topk_prefill
+from kernel_ops import (
+    rerank,
+    route,
+    route_sampled,
+    route_sampled_topk_decode,
+    route_topk_decode,
+    topk_decode,
+    topk_prefill,
+)
 
 from sglang.srt.layers.misa.testing.batches import make_batch, random_heads, write_batch
 from sglang.srt.layers.misa.testing.score_inputs import distributed
@@ -22,6 +30,14 @@ def run(batch, rows_per_seq: int) -> None:
             topk_decode(batch, scoring, 64, init_tokens=1, local_tokens=2)
     if rows_per_seq:
         route_topk_decode(batch, 8, 128, 64)
+    for active_heads in (1, 8):
+        heads, *shared = route_sampled(batch, active_heads)
+        options = dict(zip(("shared_q", "shared_scale"), shared))
+        topk_prefill(batch, heads, 64, output="slots", **options)
+        if rows_per_seq:
+            topk_decode(batch, heads, 64, **options)
+            route_sampled_topk_decode(batch, active_heads, 64)
+    heads = route(batch, 8, 128)
     candidates = topk_prefill(batch, heads, 256)
     rerank(batch, candidates, 64)
     torch.cuda.synchronize()

@@ -13,12 +13,12 @@ import pytest
 
 tilelang = pytest.importorskip("tilelang", reason="the kernels are built with TileLang")
 
-from kernels import KERNELS
 from tilelang.jit.adapter import wrapper
 
 from builder import ARCHITECTURES, ROOT
 from builder.compile import find_nvcc
 from builder.generate import HostFunctions, generate
+from kernels import KERNELS
 
 PARTS = shutil.ignore_patterns("build", "lib", "*.egg-info", "__pycache__")
 SMALL = "update_pooled_keys_int32"

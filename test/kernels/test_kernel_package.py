@@ -21,9 +21,11 @@ TOKENS, HEADS, SEQUENCES, PAGES = 12, 64, 3, 40
 OPS = (
     "update_pooled_keys",
     "route",
+    "route_sampled",
     "topk_prefill",
     "topk_decode",
     "route_topk_decode",
+    "route_sampled_topk_decode",
     "rerank",
 )
 
@@ -41,6 +43,8 @@ def tensors(device):
         cu_rows=empty(SEQUENCES + 1, dtype=torch.int32),
         lengths=empty(TOKENS, dtype=torch.int32),
         heads=empty(TOKENS, 8, dtype=torch.int32),
+        shared_q=empty(TOKENS, 128, dtype=torch.float8_e4m3fn),
+        shared_scale=empty(TOKENS, dtype=torch.float32),
         candidates=empty(TOKENS, 4096, dtype=torch.int32),
         slots=empty(7, dtype=torch.int64),
         offsets=empty(TOKENS, dtype=torch.int32),
@@ -50,14 +54,23 @@ def tensors(device):
 PARAMETERS = {
     "update_pooled_keys": "index_k slots pooled_keys",
     "route": "q weights pooled_keys page_table cu_rows lengths active_heads block_size",
+    "route_sampled": "q weights index_k page_table cu_rows lengths active_heads",
     "topk_prefill": "q weights heads index_k page_table cu_rows lengths topk",
     "topk_decode": "q weights heads index_k page_table rows_per_seq lengths topk",
     "route_topk_decode": "q weights pooled_keys index_k page_table rows_per_seq lengths active_heads "
     "block_size topk",
+    "route_sampled_topk_decode": "q weights index_k page_table rows_per_seq lengths active_heads topk",
     "rerank": "q weights candidates index_k page_table cu_rows lengths topk",
 }
 NUMBERS = dict(active_heads=8, block_size=1024, topk=2048, rows_per_seq=4)
-OPTIONS = ("max_context", "init_tokens", "local_tokens", "output")
+OPTIONS = (
+    "max_context",
+    "shared_q",
+    "shared_scale",
+    "init_tokens",
+    "local_tokens",
+    "output",
+)
 
 
 def call(op, device, function=None, **changes):
@@ -70,6 +83,7 @@ def call(op, device, function=None, **changes):
     return (function or getattr(sgl_kernel_misa, op))(*args, **options)
 
 
+SHARED_HEAD = "Tensor? shared_q=None, Tensor? shared_scale=None"
 OPTIONS_OF_A_SELECTION = (
     "int init_tokens=0, int local_tokens=0, "
     'str output="positions", Tensor? offsets=None'
@@ -79,9 +93,13 @@ SCHEMAS = {
     "route": "(Tensor q, Tensor weights, Tensor pooled_keys, Tensor page_table, Tensor cu_rows, Tensor lengths, "
     "int active_heads, int block_size) -> Tensor",
     "topk_prefill": "(Tensor q, Tensor weights, Tensor? heads, Tensor index_k, Tensor page_table, Tensor cu_rows, "
-    f"Tensor lengths, int topk, *, int? max_context=None, {OPTIONS_OF_A_SELECTION}) -> Tensor",
+    f"Tensor lengths, int topk, *, int? max_context=None, {SHARED_HEAD}, {OPTIONS_OF_A_SELECTION}) -> Tensor",
     "topk_decode": "(Tensor q, Tensor weights, Tensor? heads, Tensor index_k, Tensor page_table, int rows_per_seq, "
-    f"Tensor lengths, int topk, *, {OPTIONS_OF_A_SELECTION}) -> Tensor",
+    f"Tensor lengths, int topk, *, {SHARED_HEAD}, {OPTIONS_OF_A_SELECTION}) -> Tensor",
+    "route_sampled": "(Tensor q, Tensor weights, Tensor index_k, Tensor page_table, Tensor cu_rows, Tensor lengths, "
+    "int active_heads) -> (Tensor, Tensor, Tensor)",
+    "route_sampled_topk_decode": "(Tensor q, Tensor weights, Tensor index_k, Tensor page_table, int rows_per_seq, "
+    f"Tensor lengths, int active_heads, int topk, *, {OPTIONS_OF_A_SELECTION}) -> (Tensor, Tensor, Tensor, Tensor)",
     "route_topk_decode": "(Tensor q, Tensor weights, Tensor pooled_keys, Tensor index_k, Tensor page_table, "
     "int rows_per_seq, Tensor lengths, int active_heads, int block_size, int topk, *, "
     f"{OPTIONS_OF_A_SELECTION}) -> (Tensor, Tensor)",
@@ -143,7 +161,20 @@ def check_results(device):
                 assert out.device.type == device
     heads, out = call("route_topk_decode", device)
     assert heads.shape == (TOKENS, 8) and out.shape == (TOKENS, 2048)
+    heads, shared_q, shared_scale = call("route_sampled", device)
+    assert heads.shape == (TOKENS, 7) and heads.dtype == torch.int32
+    assert shared_q.shape == (TOKENS, 128) and shared_q.dtype == torch.float8_e4m3fn
+    assert shared_scale.shape == (TOKENS,) and shared_scale.dtype == torch.float32
+    *routed, out = call("route_sampled_topk_decode", device)
+    assert [x.shape for x in routed] == [(TOKENS, 7), (TOKENS, 128), (TOKENS,)]
+    assert out.shape == (TOKENS, 2048)
+    shared = dict(shared_q=shared_q, shared_scale=shared_scale)
     for op in ("topk_prefill", "topk_decode"):
+        assert call(op, device, **shared).shape == (TOKENS, 2048)
+        assert call(op, device, heads=heads[:, :0], **shared).shape == (TOKENS, 2048)
+        for wrong in (dict(shared_q=shared_q), dict(heads=None, **shared)):
+            with pytest.raises(ValueError, match="share"):
+                call(op, device, **wrong)
         assert call(op, device, heads=None).shape == (TOKENS, 2048)
     assert call("topk_prefill", device, max_context=640).shape == (TOKENS, 2048)
 
@@ -178,6 +209,10 @@ WRONG = [
     ("topk_decode", "heads", torch.int64),
     ("topk_decode", "page_table", torch.int64),
     ("topk_decode", "lengths", torch.int64),
+    ("route_sampled", "index_k", torch.int8),
+    ("route_sampled", "cu_rows", torch.int64),
+    ("topk_prefill", "shared_q", torch.bfloat16),
+    ("topk_decode", "shared_scale", torch.bfloat16),
     ("route_topk_decode", "pooled_keys", torch.float32),
     ("route_topk_decode", "index_k", torch.int8),
     ("rerank", "candidates", torch.int64),
@@ -192,9 +227,12 @@ def device(request):
 
 @pytest.mark.parametrize("op, name, dtype", WRONG)
 def test_wrong_types_are_named(op, name, dtype, device):
-    wrong = tensors(device)[name].to(dtype)
+    wrong = {name: tensors(device)[name].to(dtype)}
+    if name.startswith("shared_"):
+        both = "shared_q", "shared_scale"
+        wrong = {one: tensors(device)[one] for one in both} | wrong
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
-        call(op, device, **{name: wrong})
+        call(op, device, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -380,15 +418,15 @@ def test_grids_follow_the_device(launches):
         assert score["blocks"] == sms
 
 
-@pytest.mark.parametrize("blocks_per_sm", [1, 2])
-def test_clusters_fit_the_device(blocks_per_sm):
+@pytest.mark.parametrize("ctas_per_sm", [1, 2])
+def test_clusters_fit_the_device(ctas_per_sm):
     for sms in (H100, H20):
         ranks = [
-            devices.cluster_ranks(count, blocks_per_sm, sms) for count in range(1, 400)
+            devices.cluster_ranks(count, ctas_per_sm, sms) for count in range(1, 400)
         ]
         assert ranks == sorted(ranks, reverse=True) and set(ranks) == {8, 4, 2, 1}
         for count, size in enumerate(ranks, start=1):
-            assert size == 1 or count * size <= sms * blocks_per_sm
+            assert size == 1 or count * size <= sms * ctas_per_sm
     # What was measured on an H100.
     assert [devices.cluster_ranks(n, 2, H100) for n in (30, 31, 64, 65, 132, 133)] == [
         8, 4, 4, 2, 2, 1,

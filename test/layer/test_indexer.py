@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checks import check_record
-from conftest import needs_gpu
+from marks import needs_gpu
 
 from sglang.srt.layers.misa import reference, torch_operations
 from sglang.srt.layers.misa.batch import Batch

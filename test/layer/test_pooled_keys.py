@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import needs_gpu
+from marks import needs_gpu
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE, read_pages

@@ -464,9 +464,7 @@ def test_yaml_config(parse, tmp_path):
 
 
 def run(*command):
-    return subprocess.run(
-        command, env=server_env(), capture_output=True, text=True, timeout=200
-    )
+    return subprocess.run(command, env=server_env(), capture_output=True, text=True)
 
 
 SERVE = "from sglang.cli.main import main; main()"

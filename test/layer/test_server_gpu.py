@@ -5,7 +5,7 @@ import base64
 import pytest
 import torch
 from checks import check_record
-from conftest import needs_gpu
+from marks import needs_gpu
 
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang_misa.server import misa_args, serve, tokens

@@ -203,7 +203,7 @@ def test_slopes_and_estimates_by_hand():
 @pytest.mark.parametrize("tokens", [1, 3, 255, 700])
 def test_equal_keys_have_no_variance(sign, tokens):
     """Sums of thirds would leave a rest of rounding errors; the signs do not."""
-    inputs = make_inputs("ties", rows=1, heads=6, tokens=tokens)
+    inputs = make_inputs("equal", rows=1, heads=6, tokens=tokens)
     inputs = inputs._replace(
         q=(sign * inputs.k[:1].float()).to(torch.float8_e4m3fn).expand(1, 6, -1),
         k_scale=torch.full((tokens,), 1 / 3),
@@ -430,7 +430,7 @@ def naive_band(inputs, t, topk, taken, candidates, forced, routed_scores):
     return chosen + [-1] * (topk - len(chosen))
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "zeros", "twins"])
+@pytest.mark.parametrize("kind", ["random", "equal", "zeros", "twins"])
 @pytest.mark.parametrize("taken", [0, 1, 30, 99, 100])
 @pytest.mark.parametrize("forced", [{}, {"init_tokens": 3, "local_tokens": 4}])
 @pytest.mark.parametrize("router", ["sampled", "pooled"])

@@ -1,17 +1,18 @@
-"""mini-DSA: what is trained is what SGLang serves, the tasks can be solved, and a short training runs."""
+"""mini-DSA: the model agrees with itself in all its modes, the tasks can be solved, and a short training runs."""
 
 import json
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
-from sglang_misa.server import serve, tokens
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-from mini_dsa.model import Config, MiniDsa, index_scores
+from mini_dsa.model import Config, MiniDsa
 from mini_dsa.tasks import TASKS, make_sequence
 from mini_dsa.tokenizer import write_tokenizer
 from tiny_model import make_weights
@@ -68,40 +69,6 @@ def test_indexer_loss_reaches_the_indexer_alone(checkpoint):
         assert (parameter.grad is not None) == (".indexer." in name), name
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="its index_topk is the CPU engine's alone"
-)
-@torch.no_grad()
-def test_server_computes_the_same(checkpoint, tmp_path):
-    prompt = tokens(1500)
-    with serve(checkpoint, tmp_path, "--chunked-prefill-size", "8192") as server:
-        answer = server.generate(prompt, 1, return_logprob=True, logprob_start_len=0)
-        records = [r for r in server.records() if len(r["q"]) > 1]
-    served = [row[0] for row in answer["meta_info"]["input_token_logprobs"][1:]]
-
-    model, inputs = MiniDsa.load(checkpoint), torch.tensor([prompt])
-    logprobs = model.logits(inputs).log_softmax(-1)[0, :-1]
-    ours = logprobs.gather(-1, inputs[0, 1:, None])[:, 0]
-    difference = (ours - torch.tensor(served)).abs()
-    print(f"log-probabilities differ by {difference.mean():.4f} on average")
-    # bfloat16 against float32.
-    assert difference.mean() < 0.03
-
-    # The first layer's selections, where nothing has been rounded before: FP8 keys against float32.
-    (record,) = [r for r in records if r["layer_id"] == 0]
-    x = model.model.layers[0].input_layernorm(model.model.embed_tokens(inputs))
-    attention = model.model.layers[0].self_attn
-    latent = attention.q_a_layernorm(attention.q_a_proj(x))
-    q, k, weights = attention.indexer(x, latent, torch.arange(len(prompt)))
-    rows = dict(zip(record["lengths"].tolist(), record["positions"]))
-    for length in range(300, len(prompt), 100):
-        at = slice(length - 1, length)
-        scores = index_scores(q[:, at], weights[:, at], k[:, :length])[0, 0]
-        expected = set(scores.topk(CONFIG.index_topk).indices.tolist())
-        share = len(expected & set(rows[length].tolist())) / CONFIG.index_topk
-        assert share > 0.9, f"{length} tokens: {share:.1%} of the selection"
-
-
 def answers(sequence, mask):
     """Where the answers begin, and what they say."""
     begin = None
@@ -140,21 +107,23 @@ def test_sequences(length):
 
 
 def test_training_runs(tmp_path):
-    """Every phase takes a step, something is learned of English letters, and the checkpoint can be read."""
+    """Every phase takes its steps, something is learned of English letters, and the checkpoint can be read."""
     text = (SCRIPTS.parent / "LICENSE").read_bytes()
     (tmp_path / "train.txt").write_bytes(text)
     (tmp_path / "corpus.json").write_text("{}")
     command = [sys.executable, SCRIPTS / "train_mini_dsa.py"]
-    options = "--minutes 0.2 --layers 2 --index-topk 64 --longest 512 --batch-bytes 1024 --workers 0 --no-compile"
+    options = "--steps 40 --layers 2 --index-topk 64 --longest 512 --batch-bytes 1024 --workers 0 --no-compile"
     paths = ["--corpus", tmp_path, "--out", tmp_path / "out"]
-    subprocess.run([*command, *options.split(), *paths], check=True)
+    # One thread: the tensors are small.
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *options.split(), *paths], env=env, check=True)
     assert not (tmp_path / "out" / "training.pt").exists()
     log = (tmp_path / "out" / "training.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in log]
     assert len({record["phase"] for record in records}) == 6
     assert all(record["kl"] > 0 for record in records if record["phase"][:5] != "dense")
     text_losses = [record["text"] for record in records if "text" in record]
-    assert text_losses[-1] < text_losses[0] - 0.5
+    assert mean(text_losses[-5:]) < text_losses[0] - 0.5
     model = MiniDsa.load(tmp_path / "out")
     assert model.logits(random_tokens(1, 100)).isfinite().all()
 

@@ -8,6 +8,7 @@ import pytest
 from environments import ROOT, VERSION, build
 
 LAYER = ROOT / "python" / "sglang" / "srt" / "layers" / "misa"
+SERVERS = ROOT / "python" / "sglang_misa"
 
 SGLANG_WORKS = """
 import sglang, sglang.srt.server_args, sglang.srt.layers.dense
@@ -106,7 +107,8 @@ def test_the_wheel_holds_the_layer_and_nothing_else(checkout, misa, tmp_path):
         layer = {
             f"sglang_misa/layer/{f.relative_to(LAYER)}" for f in LAYER.rglob("*.py")
         }
-        own = {"sglang_misa.pth", "sglang_misa/__init__.py"}
+        own = {f"sglang_misa/{f.name}" for f in SERVERS.glob("*.py")}
+        own.add("sglang_misa.pth")
         assert {name for name in names if ".dist-info/" not in name} == layer | own
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

@@ -21,7 +21,7 @@ MAX_CONTEXT = 1 << 22  # tokens: positions are 22 bits of a sort key
 MAX_TOPK = 16384  # tokens, and candidates of a re-rank
 MAX_ROWS = 4  # of a sequence that decode takes together
 
-ROUTER_TILE_ROWS = 8  # that a CTA of `route_sampled` takes: few, so that many CTAs hide each other's waiting
+ROUTER_CTAS_PER_SM = 2  # of `route_sampled`: as many as that share the rows. A third only waits longer for its samples
 
 # What a selection is written as. The numbers are the kernels' argument `form`.
 FORMS = {"positions": 0, "slots": 1, "ragged": 2}

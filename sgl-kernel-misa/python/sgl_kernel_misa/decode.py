@@ -195,17 +195,17 @@ def route_sampled_topk_decode(
     return *routed, out
 
 
-def score_blocks(heads: int, sms: int) -> int:
-    """Blocks that score with kernels of so many `heads`: those that fit on a device with `sms` SMs at once."""
+def score_ctas(heads: int, sms: int) -> int:
+    """CTAs that score with kernels of so many `heads`: those that fit on a device with `sms` SMs at once."""
     return 2 * sms if heads <= 16 else sms
 
 
 def select_ranks(rows: int, topk: int, sms: int) -> int:
-    """Blocks that share a row: few if there are many rows, but each lists its part of about 1.5 topk candidates."""
+    """CTAs that share a row: few if there are many rows, but each lists its part of about 1.5 topk candidates."""
     least = next(
         ranks for ranks in DECODE_SELECT_RANKS if 2 * topk <= ranks * DECODE_CANDIDATES
     )
-    return max(least, cluster_ranks(rows, blocks_per_sm=1, sms=sms))
+    return max(least, cluster_ranks(rows, ctas_per_sm=1, sms=sms))
 
 
 def _check_cache(
@@ -277,7 +277,7 @@ def _launch_select(
         scores=scores,
         dealt=dealt,
         rows_per_seq=rows_per_seq,
-        blocks=score_blocks(compiled, sms),
+        blocks=score_ctas(compiled, sms),
         routed=int(routed),
         topk=topk,
         init_tokens=init_tokens,

@@ -165,10 +165,10 @@ def check_device(device: Optional[Union[torch.device, str, int]] = None) -> None
     """
     if not torch.cuda.is_available():
         raise RuntimeError("sgl-kernel-misa needs a CUDA device, and torch finds none.")
-    device = torch.device("cuda" if device is None else device)
-    if device.type != "cuda":
-        raise RuntimeError(f"sgl-kernel-misa runs on CUDA devices, not on {device}.")
-    index = torch.cuda.current_device() if device.index is None else device.index
+    asked = torch.device("cuda" if device is None else device)
+    if asked.type != "cuda":
+        raise RuntimeError(f"sgl-kernel-misa runs on CUDA devices, not on {asked}.")
+    index = torch.cuda.current_device() if asked.index is None else asked.index
     if index not in _kernels:
         _load(index)
 

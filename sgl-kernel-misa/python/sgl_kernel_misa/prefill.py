@@ -126,7 +126,7 @@ def topk_prefill(
     thresholds = weights.new_empty(row_slots, 3)
     planes = lengths.new_empty(row_slots, 2, words)
 
-    # A block begins by collecting its queries, which takes as long as several pages: two waves of blocks, one for samples.
+    # A CTA begins by collecting its queries, which takes as long as several pages: two waves of CTAs, one for samples.
     span_pages = SPAN // PAGE_SIZE
     split_pages = -(-spans // max(1, 2 * sms // chunk)) * span_pages
     split_sample_pages = -(-sample_pages // max(1, sms // chunk))

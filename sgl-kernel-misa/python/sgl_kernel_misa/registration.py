@@ -16,7 +16,7 @@ name calls the operation.
 
 import functools
 from contextvars import ContextVar
-from typing import Callable, TypeVar
+from typing import Callable, TypeVar, cast
 
 import torch
 
@@ -58,7 +58,7 @@ def operation(*mutated: str) -> Callable[[Operation], Operation]:
         def call(*args, **kwargs):
             return overload(*args, **kwargs)
 
-        return call
+        return cast(Operation, call)
 
     return register
 

@@ -9,7 +9,7 @@ from sgl_kernel_misa.library import launch
 from sgl_kernel_misa.registration import launching, operation
 from sgl_kernel_misa.tensors import keys_and_scales, no_offsets
 
-FEW_ROWS = 256  # of a decode batch: then a cluster of blocks shares a row, for it takes one block long
+FEW_ROWS = 256  # of a decode batch: then a cluster of CTAs shares a row, for it takes one CTA long
 
 
 @operation()

@@ -102,7 +102,7 @@ def launch_decode_route(
 ) -> None:
     """Write the heads for 1 to 4 rows a sequence; scoring may begin while it works. Clears `dealt`, int32 [1], for it."""
     batch, max_pages = page_table.shape
-    ranks = cluster_ranks(batch, blocks_per_sm=2, sms=num_sms(q.device))
+    ranks = cluster_ranks(batch, ctas_per_sm=2, sms=num_sms(q.device))
     launch(
         f"decode_route_{q.shape[1]}_{ranks}",
         q=q,

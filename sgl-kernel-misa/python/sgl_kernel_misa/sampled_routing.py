@@ -4,7 +4,8 @@ from typing import Tuple, Union
 
 import torch
 from sgl_kernel_misa import checks
-from sgl_kernel_misa.constants import HEAD_DIM, ROUTER_TILE_ROWS
+from sgl_kernel_misa.constants import HEAD_DIM, ROUTER_CTAS_PER_SM
+from sgl_kernel_misa.device import num_sms
 from sgl_kernel_misa.library import launch
 from sgl_kernel_misa.registration import launching, operation
 from sgl_kernel_misa.tensors import keys_and_scales
@@ -82,8 +83,12 @@ def launch_route_sampled(
     """
     batch, max_pages = page_table.shape
     keys, scales = keys_and_scales(index_k)
-    as_many = isinstance(rows_of, int)
-    cu_rows = lengths if as_many else rows_of  # lengths: not read
+    if isinstance(rows_of, int):
+        rows_per_seq, cu_rows = rows_of, lengths  # lengths: not read
+    else:
+        rows_per_seq, cu_rows = 0, rows_of
+    # Rows that share what is copied of the keys; a row's bits do not depend on it.
+    tile_rows = -(-q.shape[0] // (ROUTER_CTAS_PER_SM * num_sms(q.device)))
     launch(
         f"route_sampled_{q.shape[1]}",
         q=q,
@@ -97,8 +102,9 @@ def launch_route_sampled(
         shared_q=shared_q,
         shared_scale=shared_scale,
         dealt=dealt,
-        rows_per_seq=rows_of if as_many else 0,
-        tiles=batch if as_many else q.shape[0] // ROUTER_TILE_ROWS + batch + 1,
+        rows_per_seq=rows_per_seq,
+        tile_rows=tile_rows,
+        tiles=batch if rows_per_seq else q.shape[0] // tile_rows + batch + 1,
         rows=q.shape[0],
         pages=index_k.shape[0],
         batch=batch,

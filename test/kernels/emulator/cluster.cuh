@@ -33,7 +33,9 @@ void sync_ranks() {
 }
 
 template <typename T>
-T load_peer(const T* address, int rank) { return *peer_address(address, rank); }
+T load_peer(const T* address, int rank) {
+  return *peer_address(address, rank);
+}
 inline int4 load_peer4(const int* address, int rank) { return *(const int4*)peer_address(address, rank); }
 
 // The mailbox's barrier counts bytes.

@@ -18,10 +18,18 @@
 #define __forceinline__ inline
 #define __noinline__
 
-struct int4 { int x, y, z, w; };
-struct uint2 { unsigned x, y; };
-struct uint4 { unsigned x, y, z, w; };
-struct float4 { float x, y, z, w; };
+struct int4 {
+  int x, y, z, w;
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct float4 {
+  float x, y, z, w;
+};
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -96,10 +104,13 @@ inline void run(int blocks, int threads, std::function<void(int)> work) {
     getcontext(&fiber.context);
     fiber.context.uc_stack = {fiber.stack.data(), 0, kStack};
     fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, +[] {
-      body(running->block);
-      running->done = true;
-    }, 0);
+    makecontext(
+        &fiber.context,
+        +[] {
+          body(running->block);
+          running->done = true;
+        },
+        0);
   }
   size_t left = fibers.size();
   for (int round = 0; left > 0; ++round) {
@@ -152,12 +163,18 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 }
 
 template <typename T>
-T __ldcg(const T* address) { return *address; }
+T __ldcg(const T* address) {
+  return *address;
+}
 template <typename T>
-T atomicAdd(T* address, T value) { return std::exchange(*address, *address + value); }
+T atomicAdd(T* address, T value) {
+  return std::exchange(*address, *address + value);
+}
 
 template <typename T>
-T atomicOr(T* address, T value) { return std::exchange(*address, *address | value); }
+T atomicOr(T* address, T value) {
+  return std::exchange(*address, *address | value);
+}
 
 inline void cudaGridDependencySynchronize() {}
 size_t __cvta_generic_to_shared(const void*);  // of functions that are PTX, which nobody calls here
@@ -183,7 +200,9 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
 }
 
 template <typename T>
-T __shfl_sync(unsigned, T value, int lane) { return (T)emulator::share((uint64_t)value)[lane & 31]; }
+T __shfl_sync(unsigned, T value, int lane) {
+  return (T)emulator::share((uint64_t)value)[lane & 31];
+}
 
 template <typename T>
 T __shfl_up_sync(unsigned, T value, int delta) {
@@ -205,8 +224,14 @@ T reduce(T value, Reduce with) {
   return result;
 }
 template <typename T>
-T __reduce_add_sync(unsigned, T value) { return reduce(value, std::plus<T>()); }
+T __reduce_add_sync(unsigned, T value) {
+  return reduce(value, std::plus<T>());
+}
 template <typename T>
-T __reduce_min_sync(unsigned, T value) { return reduce(value, [](T a, T b) { return std::min(a, b); }); }
+T __reduce_min_sync(unsigned, T value) {
+  return reduce(value, [](T a, T b) { return std::min(a, b); });
+}
 template <typename T>
-T __reduce_max_sync(unsigned, T value) { return reduce(value, [](T a, T b) { return std::max(a, b); }); }
+T __reduce_max_sync(unsigned, T value) {
+  return reduce(value, [](T a, T b) { return std::max(a, b); });
+}

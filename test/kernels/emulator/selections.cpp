@@ -16,11 +16,32 @@ namespace {
 std::mt19937 rng;
 
 template <typename T>
-T any_of(std::initializer_list<T> values) { return values.begin()[rng() % values.size()]; }
+T any_of(std::initializer_list<T> values) {
+  return values.begin()[rng() % values.size()];
+}
 
 enum Kind {
-  NORMAL, ZEROS, TIES, RELU, MOSTLY_ZERO, NEGATIVE, EQUAL, FORCED, RISING, FALLING, SPIKE, TAILS, RARE, STEPS,
-  SOME_NAN, MOSTLY_NAN, ALL_NAN, INFINITIES, ALL_INFINITE, ANY_BITS, KINDS
+  NORMAL,
+  ZEROS,
+  TIES,
+  RELU,
+  MOSTLY_ZERO,
+  NEGATIVE,
+  EQUAL,
+  FORCED,
+  RISING,
+  FALLING,
+  SPIKE,
+  TAILS,
+  RARE,
+  STEPS,
+  SOME_NAN,
+  MOSTLY_NAN,
+  ALL_NAN,
+  INFINITIES,
+  ALL_INFINITE,
+  ANY_BITS,
+  KINDS
 };
 
 // Any NaN: of either sign, with any payload.
@@ -40,7 +61,7 @@ float score_of(int kind, int i, int length) {
     case FALLING: return (float)-i;
     case SPIKE: return i == length / 2 ? 1e30f : x * 1e-20f;
     case TAILS: return x * x * x * 1e3f;
-    case RARE: return std::max(x - 1.4f, 0.f);                           // 92% are 0
+    case RARE: return std::max(x - 1.4f, 0.f);                                     // 92% are 0
     case STEPS: return i % 1000 < 100 ? 2.f : i % 1000 < 500 ? -0.5f : x * 1e-3f;  // two plateaus, and scores between
     case SOME_NAN: return rng() % 100 == 0 ? any_nan() : x;
     case MOSTLY_NAN: return rng() % 100 == 0 ? x : any_nan();
@@ -75,7 +96,10 @@ struct Row {
   std::vector<int> pages;
 
   explicit Row(int length, int fixed_kind = -1)
-      : kind(fixed_kind < 0 ? next_kind++ % KINDS : fixed_kind), length(length), scores((length + 3) / 4 * 4 + 4, 1e38f), pages(length / 64 + 1) {
+      : kind(fixed_kind < 0 ? next_kind++ % KINDS : fixed_kind),
+        length(length),
+        scores((length + 3) / 4 * 4 + 4, 1e38f),
+        pages(length / 64 + 1) {
     for (int i = 0; i < length; ++i) scores[i] = score_of(kind, i, length);
     for (int& page : pages) page = rng() % 100000;
   }
@@ -92,8 +116,8 @@ bool same(const char* what, const Row& row, int k, std::vector<int> expected, co
   expected.resize(k + kBehind, kNotWritten);
   if (expected == out) return true;
   const int at = std::mismatch(expected.begin(), expected.end(), out.begin()).first - expected.begin();
-  std::printf("%s: kind %d, length %d, k %d, form %d: entry %d is %d, not %d\n", what, row.kind, row.length, k, row.form, at,
-              out[at], expected[at]);
+  std::printf("%s: kind %d, length %d, k %d, form %d: entry %d is %d, not %d\n", what, row.kind, row.length, k,
+              row.form, at, out[at], expected[at]);
   return false;
 }
 
@@ -115,8 +139,8 @@ bool decode_select() {
   std::vector<int> out = output_of(k);
   emulator::run(RANKS, misa::kThreads, [&](int rank) {
     Shared& mine = shared[rank];
-    misa::select_row<RANKS>(row.scores.data(), row.length, k, rank, row.form, row.pages.data(), row.offset, mine.list, mine.bins,
-                            mine.scratch, out.data());
+    misa::select_row<RANKS>(row.scores.data(), row.length, k, rank, row.form, row.pages.data(), row.offset, mine.list,
+                            mine.bins, mine.scratch, out.data());
   });
   return same("decode_select", row, k, best(row.scores, row.length, k), out);
 }
@@ -131,8 +155,8 @@ bool rerank() {
   for (int i = 0; i < row.length; ++i) keys[i] = misa::ordered(row.scores[i]);
   alignas(16) int bins[misa::kBins], scratch[64];
   emulator::run(1, kThreads, [&](int) {
-    misa::select_listed<kThreads>(list.data(), keys.data(), row.length, k, bins, scratch, row.form, row.pages.data(), row.offset,
-                                  out.data());
+    misa::select_listed<kThreads>(list.data(), keys.data(), row.length, k, bins, scratch, row.form, row.pages.data(),
+                                  row.offset, out.data());
   });
   return same("rerank", row, k, best(row.scores, row.length, k), out);
 }
@@ -148,9 +172,11 @@ template <int KIND>
 bool prefill_select() {
   constexpr int kThreads = 256, kCapacity = 512;
   const Row row(any_of({2049, 2303, 4097, 8192, 20003, 65537}), KIND);
-  const int length = row.length, k = any_of({64, 2048}), shift = any_of({3, 4}), misled = rng() % 6, deviations = any_of({3, 5});
+  const int length = row.length, k = any_of({64, 2048}), shift = any_of({3, 4}), misled = rng() % 6,
+            deviations = any_of({3, 5});
   std::vector<float> samples;
-  for (int i = 0; misa::sample_position(i, shift) < length; ++i) samples.push_back(row.scores[misa::sample_position(i, shift)]);
+  for (int i = 0; misa::sample_position(i, shift) < length; ++i)
+    samples.push_back(row.scores[misa::sample_position(i, shift)]);
   alignas(16) int bins[misa::kBins], scratch[64];
   float threshold[3];
   emulator::run(1, kThreads, [&](int) {
@@ -188,8 +214,8 @@ bool prefill_select() {
         __syncthreads();
         if (threadIdx.x == 0) count = 0;
         __syncthreads();
-        misa::collect<kThreads>(above, within, first, min(first + chunk, words), row.pages.data(), positions.data(), entries.data(),
-                                &count);
+        misa::collect<kThreads>(above, within, first, min(first + chunk, words), row.pages.data(), positions.data(),
+                                entries.data(), &count);
         __syncthreads();
         for (int i = threadIdx.x; i < count; i += kThreads) {
           misa::radix_visit(state, digit, misa::ordered(row.scores[positions[i]]), positions[i], bins, above);
@@ -198,14 +224,15 @@ bool prefill_select() {
       if (digit < misa::kDigits) misa::radix_advance<kThreads>(state, bins, scratch);
     }
     __syncthreads();
-    misa::emit<kThreads>(above, within, words, plane == 1, info[2] == 0 ? 0 : info[1], row.form, row.pages.data(), row.offset,
-                         scratch, out.data());
+    misa::emit<kThreads>(above, within, words, plane == 1, info[2] == 0 ? 0 : info[1], row.form, row.pages.data(),
+                         row.offset, scratch, out.data());
   });
   // Nothing but time is lost without a bracket, but well-behaved scores have a narrow one, and so have plateaus.
   const bool bracketed = row.kind == NORMAL || row.kind == RARE || row.kind == ZEROS || row.kind == EQUAL ||
                          row.kind == MOSTLY_ZERO || row.kind == RELU;
   if (bracketed && misled > 2 && info[2] == 0 && (info[3] == 0 || info[0] > 3072)) {
-    std::printf("thresholds: kind %d, length %d, k %d: %d candidates, case %d\n", row.kind, length, k, info[0], info[3]);
+    std::printf("thresholds: kind %d, length %d, k %d: %d candidates, case %d\n", row.kind, length, k, info[0],
+                info[3]);
     return false;
   }
   return same("prefill_select", row, k, best(row.scores, length, k), out);
@@ -230,8 +257,9 @@ bool pick_heads() {
 int main(int argc, char** argv) {
   rng.seed(std::atoi(argv[1]));
   const int rows = std::atoi(argv[2]);
-  bool (*const selections[])() = {decode_select<1>, decode_select<2>, decode_select<4>, decode_select<8>,
-                                  rerank, prefill_select<-1>, prefill_select<RARE>, prefill_select<STEPS>, pick_heads};
+  bool (*const selections[])() = {decode_select<1>, decode_select<2>,   decode_select<4>,     decode_select<8>,
+                                  rerank,           prefill_select<-1>, prefill_select<RARE>, prefill_select<STEPS>,
+                                  pick_heads};
   int passed = 0, done = 0;
   for (int i = 0; i < rows; ++i) {
     for (const auto select : selections) {

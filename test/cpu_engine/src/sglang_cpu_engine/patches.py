@@ -13,6 +13,7 @@ from sglang_cpu_engine.kernels import allocator, fused_indexer, kv_cache, rotary
 from sglang_cpu_engine.kernels.mqa_logits import deep_gemm
 from sglang_cpu_engine.kernels.quantization import act_quant, rotate_activation
 from sglang_cpu_engine.kernels.sparse_attention import forward_flashmla_sparse
+from sglang_cpu_engine.scheduler import set_internal_state
 
 from sglang.kernels.ops.attention.dsa import transform_index
 from sglang.srt.layers.rotary_embedding.factory import get_rope
@@ -79,6 +80,8 @@ PATCHES = [
     Patch("sglang.srt.mem_cache.allocation.get_last_loc", allocator.get_last_loc, "Triton kernel"),
     Patch("sglang.srt.mem_cache.allocation.support_triton", lambda _backend: False, "takes the torch branch"),
     Patch("sglang.srt.model_executor.forward_batch_info.support_triton", lambda _backend: False, "takes the torch branch"),
+    # Not for the CPU, but for tests: one server takes chunks of several sizes, one after the other.
+    Patch("sglang.srt.managers.scheduler.Scheduler.set_internal_state", set_internal_state, "refuses chunked_prefill_size"),
 ]
 # fmt: on
 

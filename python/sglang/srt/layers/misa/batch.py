@@ -42,6 +42,7 @@ class Batch:
 
     def truncated(self, length: int) -> Batch:
         """The same rows, seeing at most the first `length` tokens; extend only."""
+        assert self.bounds is not None, "in decode the host does not know the lengths"
         least, largest = self.bounds
         return replace(
             self,

@@ -112,20 +112,13 @@ def select_ragged(
     topk_result=None,
 ) -> torch.Tensor:
     """Around `Indexer._get_topk_ragged` (extend)."""
-    batch = None if (config := active_config()) is None else extend_batch(metadata)
-    if batch is None or not misa_selects(config, batch):
-        if batch is not None:
-            ROWS.add("dsa", len(batch.lengths))
-        return original(
-            indexer,
-            enable_dual_stream,
-            forward_batch,
-            layer_id,
-            q_fp8,
-            weights,
-            metadata,
-            topk_result,
-        )
+    args = enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata
+    if (config := active_config()) is None:
+        return original(indexer, *args, topk_result)
+    batch = extend_batch(metadata)
+    if not misa_selects(config, batch):
+        ROWS.add("dsa", len(batch.lengths))
+        return original(indexer, *args, topk_result)
     call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
     return _selected(call, config, batch, topk_result)
 
@@ -134,10 +127,13 @@ def select_paged(
     original, indexer, forward_batch, layer_id, q_fp8, weights, metadata
 ) -> torch.Tensor:
     """Around `Indexer._get_topk_paged` (decode)."""
-    batch = None if (config := active_config()) is None else decode_batch(metadata)
-    if batch is None or not misa_selects(config, batch):
-        return original(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-    call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
+    args = indexer, forward_batch, layer_id, q_fp8, weights, metadata
+    if (config := active_config()) is None:
+        return original(*args)
+    batch = decode_batch(metadata)
+    if not misa_selects(config, batch):
+        return original(*args)
+    call = Call(*args)
     return _selected(call, config, batch)
 
 
@@ -206,16 +202,18 @@ def clear_pooled_keys(_, pool: DSATokenToKVPool) -> None:
 
 def add_pooled_keys_size(num_bytes: int, pool: DSATokenToKVPool) -> Optional[int]:
     """After `DSATokenToKVPool.get_kv_size_bytes`."""
-    if _pools_keys():
-        return num_bytes + pool.misa_pooled_keys.nbytes
+    if not _pools_keys():
+        return None
+    return num_bytes + pool.misa_pooled_keys.nbytes
 
 
 def add_pooled_keys_cell_size(
     bytes_per_token: int, configurator, kvc, num_layers: int
 ) -> Optional[int]:
     """After `DefaultPoolConfigurator._compute_cell_size`, which counts all layers."""
-    if _pools_keys():
-        return bytes_per_token + BYTES_PER_TOKEN * num_layers
+    if not _pools_keys():
+        return None
+    return bytes_per_token + BYTES_PER_TOKEN * num_layers
 
 
 def update_after_store(

@@ -23,6 +23,8 @@ Sources: DSA, arXiv 2512.02556 (eq. 1); MISA, arXiv 2605.07363; HISA, arXiv 2603
 re-ranking of a band, are this project's own.
 """
 
+from typing import Tuple
+
 import torch
 
 PAGE_SIZE = 64
@@ -136,7 +138,7 @@ def route(q, weights, means, lengths, active_heads: int, block_size: int):
     return best_heads(estimates, active_heads)
 
 
-def of_heads(q, weights, heads):
+def of_heads(q, weights, heads) -> Tuple[torch.Tensor, torch.Tensor]:
     """The queries and weights of the `heads`, int64 [T, h], of each query -> float32 [T, h, 128], float32 [T, h]."""
     routed_q = q.float().gather(1, heads[:, :, None].expand(-1, -1, q.shape[2]))
     return routed_q, weights.gather(1, heads)

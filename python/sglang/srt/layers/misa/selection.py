@@ -74,6 +74,7 @@ def to_output(
         page = page_table[sequence[:, None], (selected // PAGE_SIZE).clamp(min=0)]
         indices = page * PAGE_SIZE + selected % PAGE_SIZE
     elif output == "ragged":
+        assert offsets is not None, "ragged output needs offsets"
         indices = selected + offsets[:, None]
     else:
         raise ValueError(f"output {output!r} is not positions, slots or ragged")

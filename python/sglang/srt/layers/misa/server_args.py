@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 from dataclasses import dataclass, fields
-from typing import Callable, Literal, NamedTuple, Optional, get_args
+from typing import Any, Callable, ClassVar, Literal, NamedTuple, Optional, get_args
 
 import torch
 
@@ -27,18 +27,23 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import is_cpu, is_hip
 
+# What `with_misa` puts behind MisaArguments has all the other arguments: to a type checker it may be anything.
+_Behind: Any = object
+
 ROUTERS = Literal["sampled", "pooled"]
 DECODES = Literal["dsa", "misa"]
 
 
 @dataclass
-class MisaArguments:
+class MisaArguments(_Behind):
     """The `--misa-*` arguments, which `with_misa` adds to a class of server arguments; validated where that is.
 
     Raises:
         ValueError: `enable_misa` is set and a value or a combination is not supported.
         RuntimeError: `enable_misa` is set and a hook on SGLang did not engage.
     """
+
+    _base: ClassVar[type]
 
     enable_misa: A[
         bool,
@@ -98,7 +103,7 @@ def _restored(base: type, state: dict) -> MisaArguments:
     """Arguments from a pickle or a copy: a class that `with_misa` made has no name to be found by."""
     # They reach a scheduler before it loads its plugins; from here on it must not do without this one.
     process.requires_misa |= state["enable_misa"]
-    args = object.__new__(with_misa(base))
+    args: MisaArguments = object.__new__(with_misa(base))
     args.__dict__.update(state)
     return args
 
@@ -136,7 +141,7 @@ def initialize(original, self, *args, **values) -> None:
         if field.name in values
     }
     if misa.get("enable_misa"):
-        self.__class__ = with_misa(type(self))
+        self.__class__ = with_misa(self.__class__)
         self.__init__(*args, **values, **misa)
         return
     original(self, *args, **values)

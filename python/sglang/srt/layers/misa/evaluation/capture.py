@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 
@@ -27,7 +27,7 @@ class Recorder:
     Creates the directory with the first record.
     """
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: Union[str, Path]):
         self.directory = Path(directory)
         self.count = itertools.count()
         # The last record of each layer and request, and the tokens of its longest row.
@@ -104,10 +104,10 @@ class Recorder:
         The record holds q and lengths of every row that sees a multiple of ATTENTION_STRIDE tokens, the keys `k`, [S, D], and
         `scaling`.
         """
-        tokens, path = self.latest.get((layer_id, rid), (0, None))
+        latest = self.latest.get((layer_id, rid))
         rows = (lengths % ATTENTION_STRIDE == 0).nonzero()[:, 0]
         # Where the indexer did not have to select, there is no record of these rows.
-        if tokens != int(lengths.max()) or not len(rows):
+        if latest is None or latest[0] != int(lengths.max()) or not len(rows):
             return
         tokens = int(lengths[rows].max())
         pages = page_table[: -(-tokens // PAGE_SIZE)].long()
@@ -118,7 +118,7 @@ class Recorder:
             "k": keys[:tokens],
             "scaling": scaling,
         }
-        self._save(record, path.with_suffix(".attention"))
+        self._save(record, latest[1].with_suffix(".attention"))
 
     def _save(self, record: Dict, path: Path) -> None:
         record = {
@@ -131,6 +131,6 @@ class Recorder:
         path.with_suffix(".tmp").rename(path)
 
 
-def load_records(directory: str) -> List[Dict]:
+def load_records(directory: Union[str, Path]) -> List[Dict]:
     """The records of a directory in the order in which they were written."""
     return [torch.load(path) for path in sorted(Path(directory).glob("*.pt"))]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Callable, Dict, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Union
 
 import torch
 
@@ -76,7 +77,7 @@ class OtherSelection:
 class Recording:
     """Records calls of the indexer and of the attention into a directory."""
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: Union[str, Path]):
         self.recorder = Recorder(directory)
 
     def select(

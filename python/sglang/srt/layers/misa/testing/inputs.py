@@ -7,9 +7,10 @@ from typing import NamedTuple, Tuple
 
 import torch
 
+from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE
+from sglang.srt.layers.misa.reference import FP8_MAX
 
-FP8_MAX = 448.0
 # SGLang quantizes a vector of smaller values than this as if this were its largest one.
 SMALLEST_AMAX = 1e-4
 
@@ -195,16 +196,17 @@ def runs(draw, rows, heads, tokens):
 
 
 def sample_stride(tokens: int) -> int:
-    """The distance of the tokens that a router samples from a prefix of so many: 128 to 256 of them, or all."""
-    return 1 << ((tokens - 1) >> 8).bit_length()
+    """The router samples one token in so many of a prefix of `tokens` tokens."""
+    samples = len(reference.sample_positions(tokens))
+    return 1 << (tokens // samples).bit_length() - 1
 
 
 def periodic(draw, rows, heads, tokens):
-    """A text in step with the sample: each sampled key is the opposite of what the keys are elsewhere."""
+    """A text in step with the router's sample: the last key of each of its strides is the opposite of what keys are elsewhere."""
     q, weights, k, k_scale = gaussian(draw, rows, heads, tokens)
     stride = sample_stride(tokens)
-    sampled = torch.arange(tokens, device=draw.device) % stride == stride - 1
-    return q, weights, fp8(k.float() * torch.where(sampled, -1, 1)[:, None]), k_scale
+    last = torch.arange(tokens, device=draw.device) % stride == stride - 1
+    return q, weights, fp8(k.float() * torch.where(last, -1, 1)[:, None]), k_scale
 
 
 def dummy(draw, rows, heads, tokens):
@@ -244,6 +246,6 @@ def make_inputs(
     kind: str, rows: int, heads: int, tokens: int, seed: int = 0, device: str = "cpu"
 ) -> Inputs:
     """`rows` queries at the end of a sequence of `tokens` tokens, of one of `KINDS`, `DATA_KINDS` or "integers"."""
-    parts = _MAKE[kind](Draw(seed, device), rows, heads, tokens)
+    q, weights, k, k_scale = _MAKE[kind](Draw(seed, device), rows, heads, tokens)
     lengths = torch.arange(tokens - rows + 1, tokens + 1, device=device)
-    return Inputs(*parts, lengths)
+    return Inputs(q, weights, k, k_scale, lengths)

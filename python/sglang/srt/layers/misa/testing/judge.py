@@ -137,15 +137,13 @@ def check_form(positions, counts) -> None:
     require(disorder.any(1), "not ascending, or one twice,")
 
 
-def check_anything(positions, lengths) -> None:
-    """What is promised of rows that hold NaN: distinct visible positions, or -1."""
-    require(
-        ((positions < -1) | (positions >= lengths[:, None])).any(1),
-        "a position that is not allowed",
-    )
-    ordered = positions.sort(dim=1).values
-    twice = (ordered.diff(dim=1) == 0) & (ordered[:, 1:] != -1)
-    require(twice.any(1), "one position twice")
+def numbers(low, high, allowed, nan_rows: bool):
+    """The rows (bool [T]) whose allowed scores all are finite, or forced; the others are refused if `nan_rows` is false."""
+    finite = low.isfinite() & high.isfinite() | (low == INF)
+    clear = (finite | ~allowed).all(1)
+    if not nan_rows:
+        require(~clear, "the reference is not a number")
+    return clear
 
 
 def check_best(chosen, rest, low, high) -> float:
@@ -233,7 +231,8 @@ def check_selection(
             among these.
         exact: the reference's scores are those of every arithmetic, so the selection has to be the reference's.
         ties: equal scores have to be broken in favour of the lower position.
-        nan_rows: rows whose scores are not numbers may hold any distinct visible positions; otherwise they are refused.
+        nan_rows: rows with scores that are not finite are held to their form alone; otherwise they are refused. What such a score
+            is worth is decided in `reference`, but a kernel's may be a number where the reference's is none.
 
     Returns:
         The error, see `check_best`.
@@ -268,22 +267,17 @@ def check_selection(
                 low, high, allowed, rerank_candidates
             )
             low, high = forced_bounds(some, None, None, forced)
-        unclear = (~(low.isfinite() & high.isfinite()) & (low != INF) & allowed).any(1)
-        if unclear.any():
-            if not nan_rows:
-                require(unclear, "the reference is not a number")
-            check_anything(selected[unclear], some.lengths[unclear])
-            clear = ~unclear
-            selected, due, low, high = (x[clear] for x in (selected, due, low, high))
-            allowed, contenders = allowed[clear], contenders[clear]
         check_form(selected, due)
         require((selected >= tokens).any(1), "a position that is not allowed")
         chosen = reference.members(selected, tokens)
         require((chosen & ~allowed).any(1), "a position that is not allowed")
-        rest = contenders & ~chosen
-        if len(selected):
-            error = max(error, check_best(chosen, rest, low, high))
-        if ties and len(selected):
+        clear = numbers(low, high, allowed, nan_rows)
+        if not clear.any():
+            continue
+        low, high, chosen = low[clear], high[clear], chosen[clear]
+        rest = contenders[clear] & ~chosen
+        error = max(error, check_best(chosen, rest, low, high))
+        if ties:
             # Forced tokens, and tokens that surely score 0, are equal whatever their keys are.
             same = classes.expand_as(low)
             same = same.masked_fill((low == 0) & (high == 0), count)
@@ -302,20 +296,12 @@ def forced_bounds(sequence: Inputs, heads, shared, forced: dict):
 def require_same(selected, sequence: Inputs, heads, shared, allowed, forced) -> None:
     """The selection is the reference's to the last position."""
     q, weights = routed(sequence.q, sequence.weights, heads)
-    scores = token_scores(q, weights, sequence.k, sequence.k_scale, shared)
+    scores = reference.token_scores(
+        q, weights, sequence.k, sequence.k_scale, *(shared or ())
+    )
     scores = reference.force(scores, sequence.lengths, **forced)
     expected = reference.top_positions(scores, allowed, selected.shape[1])
     require((selected != expected).any(1), "not the reference's positions")
-
-
-def token_scores(q, weights, k, k_scale, shared: Optional[SharedHead] = None):
-    """`reference.token_scores`, with the shared head added last -> float32 [T, S]."""
-    if shared is None:
-        return reference.token_scores(q, weights, k, k_scale)
-    ones = torch.ones_like(k_scale)
-    scores = reference.token_scores(q, weights, k, ones)
-    scores += shared.scale[:, None] * reference.dot(shared.query, k)
-    return scores * k_scale
 
 
 def members(positions, tokens: int) -> torch.Tensor:
@@ -375,11 +361,14 @@ def estimate_bounds(q, weights, means, lengths, block_size: int):
     return low, high
 
 
-def check_routing(heads, sequence: Inputs, means, block_size: int) -> float:
+def check_routing(
+    heads, sequence: Inputs, means, block_size: int, *, nan_rows: bool = False
+) -> float:
     """The rows of one sequence have the heads (int [T, h]) of highest estimate, in ascending order -> the error.
 
     Args:
         means: bfloat16 [P, 128], the page means that the router saw.
+        nan_rows: as in `check_selection`, of estimates.
     """
     q, weights, _, _, lengths = sequence
     chosen_heads = heads.long()
@@ -387,6 +376,10 @@ def check_routing(heads, sequence: Inputs, means, block_size: int) -> float:
     require((chosen_heads >= q.shape[1]).any(1), "a head that does not exist")
     low, high = estimate_bounds(q, weights, means, lengths, block_size)
     chosen = reference.members(chosen_heads, q.shape[1])
+    clear = numbers(low, high, torch.ones_like(chosen), nan_rows)
+    if not clear.any():
+        return 0.0
+    low, high, chosen = low[clear], high[clear], chosen[clear]
     error = check_best(chosen, ~chosen, low, high)
     # Heads that contribute exactly nothing are one class, each of the others is one of its own.
     own = 1 + torch.arange(q.shape[1], device=q.device)
