@@ -50,8 +50,12 @@ def ask(server: Client, prompt: str) -> Dict:
 
 def overlap(records: List[Dict], topk: int, rows: int = 32) -> float:
     """The share of DSA's selection that was selected, over the last `rows` queries of the prompt."""
-    record = [record for record in records if len(record["q"]) > 1][-1]
-    return share_of_dsa(record, topk, rows)
+    return share_of_dsa(of_prompt(records), topk, rows)
+
+
+def of_prompt(records: List[Dict]) -> Dict:
+    """The last record of a prompt; decode's have one row."""
+    return [record for record in records if len(record["q"]) > 1][-1]
 
 
 def report(answer: Dict, number: str, records: List[Dict], topk: int) -> bool:
@@ -62,10 +66,10 @@ def report(answer: Dict, number: str, records: List[Dict], topk: int) -> bool:
     print(f"  that was told        {number}: {'found' if right else 'NOT FOUND'}")
     print(f"  prompt tokens        {usage['prompt_tokens']}, {cached} of them cached")
     print(f"  time to first token  {answer['seconds']:.2f} s (recording the indexer)")
-    print("  layer  active heads of the last query     overlap with DSA")
+    print("  layer  heads of the prompt's last query    overlap with DSA")
     for layer in sorted({record["layer_id"] for record in records}):
         own = [record for record in records if record["layer_id"] == layer]
-        active = own[-1]["heads"]
+        active = of_prompt(own)["heads"]
         heads = (
             f"all {own[-1]['q'].shape[1]}"
             if active is None

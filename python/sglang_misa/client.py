@@ -36,24 +36,25 @@ class Client:
         return self.get("/get_server_info").json()
 
     def variant(self) -> Dict:
-        """The fields of a result that say what the server runs; 0 where that has no such number."""
+        """The fields of a result that say what the server runs; 0 where that has no such number, "" for no router."""
         info = self.info
-        name, heads, block, candidates = "dsa", 0, 0, 0
+        name, heads, block, candidates, router = "dsa", 0, 0, 0, ""
         if info.get("enable_misa"):
+            misa = info["misa"]
             name = info.get("misa_eval_selection") or "misa"
-            heads, block = info["misa_active_heads"], info["misa_block_size"]
-            candidates = info["misa_rerank_candidates"]
-            if name == "misa" and candidates:
-                name = "misa-hierarchical"
+            heads, candidates = misa["active_heads"], misa["rerank_candidates"]
+            if name == "misa":
+                block, router = misa["block_size"] or 0, misa["router"]
+                if candidates:
+                    name = "misa-hierarchical"
             elif name == "hisa":
                 heads, block = 0, 128
-            elif name != "misa":
-                block = 0
         return {
             "variant": name,
             "active_heads": heads,
             "block_size": block,
             "rerank_candidates": candidates,
+            "router": router,
         }
 
     def metrics(self) -> Dict[str, float]:

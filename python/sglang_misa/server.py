@@ -1,5 +1,6 @@
 """SGLang servers that run while a context is open: any (`launch`), or a small model on this machine, recorded (`serve`)."""
 
+import itertools
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
@@ -178,13 +180,12 @@ def server_env() -> Dict[str, str]:
 
 def misa_args(config: MisaConfig) -> Tuple[str, ...]:
     """The command line of a configuration."""
-    return (
-        "--enable-misa",
-        *("--misa-active-heads", str(config.active_heads)),
-        *("--misa-block-size", str(config.block_size)),
-        *("--misa-rerank-candidates", str(config.rerank_candidates)),
-        *("--misa-min-context", str(config.min_context)),
+    given = (
+        (f"--misa-{name.replace('_', '-')}", str(value))
+        for name, value in asdict(config).items()
+        if value is not None
     )
+    return ("--enable-misa", *itertools.chain.from_iterable(given))
 
 
 def tokens(count: int, seed: int = 0) -> List[int]:

@@ -20,8 +20,10 @@ __device__ __forceinline__ unsigned ordered(float value) {
 
 constexpr unsigned kLeastNumber = 0x007fffffu, kInfinity = 0xff800000u;  // -infinity and infinity as ordered keys
 
-// The key of the next lower score. That of -0 is no score's.
+// The keys of the next lower and the next higher score. That of -0, between those of 0 and of the highest number below it, is no
+// score's.
 __device__ __forceinline__ unsigned key_below(unsigned key) { return key - (key == 0x80000000u ? 2 : 1); }
+__device__ __forceinline__ unsigned key_above(unsigned key) { return key + (key == 0x7ffffffeu ? 2 : 1); }
 
 __device__ __forceinline__ float from_ordered(unsigned key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);

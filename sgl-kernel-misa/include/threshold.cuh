@@ -89,14 +89,17 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
 // or above.
 //
 // Two passes find the first 20 bits of the two outer scores, whose lower and upper edge do as well. More passes find the rest
-// where more than `many` samples share those bits, which says that very many tokens may have one and the same score, a plateau.
-// `select` could not list these. So a plateau at an edge is cut off from the scores inside of it, by putting the middle
-// threshold beside it: what lies between the two is then the plateau and nothing else, and needs no second look (`classify`).
-// With a plateau at either edge the k-th score is sooner to be expected in the one that holds its rank of the samples.
+// where very many samples share those bits: then very many tokens may have one and the same score, a plateau, and `select` could
+// not list them all. room: samples whose tokens it can list. What lies between the middle and an outer threshold leaves room for a
+// plateau of `many` samples; a larger one at an edge is kept apart from the scores inside of the bracket:
+// - if the k-th score is surely not in it, it is left out: the threshold goes to its inner side;
+// - else the middle threshold goes to its inner side: what lies between these two is the plateau and nothing else, and `classify`
+//   knows that it needs no second look.
+// With such a plateau at either edge, the k-th score is sooner to be expected in the one that holds its rank of the samples.
 //
 // bins: 2 * kThresholdBins, scratch: kScratch ints; both 16-byte aligned.
 template <int THREADS>
-__device__ __forceinline__ void thresholds(const float* scores, int length, int k, int shift, int deviations, int many,
+__device__ __forceinline__ void thresholds(const float* scores, int length, int k, int shift, int deviations, int room,
                                            int* bins, int* scratch, float* out) {
   constexpr int kBatch = 8;
   int* const low_bins = bins + kThresholdBins;
@@ -111,6 +114,8 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
   low_rank = min(low_rank, samples);
   int high_need = high_rank, low_need = low_rank, left = 32;
   unsigned high = 0, low = 0;
+  const float rank = expected_rank(samples, length, k), deviation = rank_deviation(samples, length, k);
+  const int many = max((int)(0.75f * room - 6.5f * deviation - 8.f), 16);
   bool high_tied = false, low_tied = false;
 #pragma unroll 1
   for (int digit = 0; digit < 2 || ((high == low || high_tied || low_tied) && left > 0); ++digit) {
@@ -146,21 +151,31 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
     low_tied = result[5] > many;
   }
   if (threadIdx.x == 0) {
+    // Samples above the low plateau, and those that reach the high one.
+    const int above_low = low_rank - low_need, reach_high = high_rank - high_need + result[2];
+    unsigned upper_key = high << left | ((1u << left) - 1), lower_key = low << left;
+    high_tied = high_tied && !no_high && high > kLeastNumber && high != low;
+    low_tied = low_tied && !no_low;
+    if (high_tied && reach_high <= rank - 3.f * deviation) {
+      upper_key = key_below(high);
+      high_rank = reach_high;
+      high_tied = false;
+    }
+    if (low_tied && above_low >= rank + 4.f * deviation) {
+      lower_key = key_above(low);
+      low_rank = above_low;
+      low_tied = false;
+    }
     // Numbers, whatever the samples and the bits not looked at are: between thresholds that are not, planes mean nothing.
-    const unsigned upper_key = no_high ? kInfinity : high << left | ((1u << left) - 1),
-                   lower_key = no_low ? 0 : low << left;
-    const float upper = from_ordered(min(max(upper_key, kLeastNumber), kInfinity));
-    const float lower = from_ordered(min(max(lower_key, kLeastNumber), kInfinity));
+    const float upper = from_ordered(no_high ? kInfinity : min(max(upper_key, kLeastNumber), kInfinity));
+    const float lower = from_ordered(no_low ? kLeastNumber : min(max(lower_key, kLeastNumber), kInfinity));
     float middle = upper;
-    if (!no_high && !no_low) {
+    if (low_tied) {
+      middle = lower;
+    } else if (!no_high && !no_low) {
       middle = middle_threshold(samples, length, k, high_rank, low_rank, upper, lower);
     }
-    // Samples that reach the high one: high_rank - high_need are above it.
-    const bool likely = high_rank - high_need + result[2] >= expected_rank(samples, length, k);
-    if (low_tied && !no_low) middle = lower;
-    if (high_tied && !no_high && high > kLeastNumber && high != low && (likely || !low_tied)) {
-      middle = from_ordered(key_below(high));
-    }
+    if (high_tied && (!low_tied || reach_high >= rank)) middle = from_ordered(key_below(high));
     out[0] = upper;
     out[1] = middle;
     out[2] = lower;

@@ -113,7 +113,7 @@ def get_route_sampled_kernel(num_heads: int):
                 )
             for i in T.serial(T.max(row1 - row0, 0)):
                 row = row0 + i
-                # The next row's queries are on their way while this one is routed.
+                # The next row's queries are on their way while this one is routed; the last one's come once more.
                 T.call_extern(
                     "handle",
                     f"misa::copy_heads<{num_heads}>",

@@ -28,14 +28,14 @@ def get_threshold_kernel():
         topk: T.int32,
         sample_shift: T.int32,
         deviations: T.int32,
-        many: T.int32,
+        room: T.int32,
     ):
         with T.Kernel(slots, threads=THREADS) as slot:
             T.import_source(include("threshold.cuh", kThresholdBins=THRESHOLD_BINS))
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
             T.pdl_sync()
-            T.annotate_min_blocks_per_sm(6)
+            T.annotate_min_blocks_per_sm(5)
             bins = T.alloc_shared((2 * THRESHOLD_BINS,), T.int32)
             scratch = T.alloc_shared((SCRATCH,), T.int32)
             row = T.alloc_var(T.int32)
@@ -62,7 +62,7 @@ def get_threshold_kernel():
                         topk,
                         sample_shift,
                         deviations,
-                        many,
+                        room,
                         T.address_of(bins[0]),
                         T.address_of(scratch[0]),
                         T.address_of(out[slot, 0]),

@@ -16,9 +16,12 @@ from tiny_model import write_tokenizer
 
 MISA = {
     "enable_misa": True,
-    "misa_active_heads": 8,
-    "misa_block_size": 1024,
-    "misa_rerank_candidates": 0,
+    "misa": {
+        "router": "pooled",
+        "active_heads": 8,
+        "block_size": 1024,
+        "rerank_candidates": 0,
+    },
 }
 
 

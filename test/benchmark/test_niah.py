@@ -111,9 +111,12 @@ def test_command(finder, tmp_path):
     # Another variant is measured beside it.
     finder.info = {
         "enable_misa": True,
-        "misa_active_heads": 8,
-        "misa_block_size": 1024,
-        "misa_rerank_candidates": 0,
+        "misa": {
+            "router": "pooled",
+            "active_heads": 8,
+            "block_size": 1024,
+            "rerank_candidates": 0,
+        },
     }
     subprocess.run(command, check=True)
     assert finder.asked == 38

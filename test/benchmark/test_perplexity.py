@@ -116,9 +116,12 @@ def test_command(scorer, tmp_path):
     # Another variant gets the same windows, and is compared window by window.
     scorer.info = {
         "enable_misa": True,
-        "misa_active_heads": 8,
-        "misa_block_size": 1024,
-        "misa_rerank_candidates": 0,
+        "misa": {
+            "router": "pooled",
+            "active_heads": 8,
+            "block_size": 1024,
+            "rerank_candidates": 0,
+        },
     }
     subprocess.run(command, check=True)
     assert sorted(scorer.asked[12:]) == sorted(scorer.asked[:10])

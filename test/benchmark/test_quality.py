@@ -27,7 +27,7 @@ CHECKPOINT = ROOT / "scripts" / "mini_dsa" / "checkpoint"
 CONTEXTS = (2560, 4096)
 DEPTHS = (10, 60)
 TOPK, ROWS = 2048, 16
-MISA = MisaConfig()
+MISA = MisaConfig("pooled", block_size=1024)
 # What a result says of a server, and the arguments of that.
 VARIANTS = {
     "dsa": ({"variant": "dsa", "active_heads": 0}, ()),

@@ -10,56 +10,117 @@ from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.testing import judge
 from sglang.srt.layers.misa.testing.inputs import Inputs
 
+# Rows of a record whose shared head is compared with the reference's, which takes long for each; the selection of all is.
+SHARED_ROWS = 16
+
 
 def check_record(
     record: Dict, config: MisaConfig, topk: int, *, exact: bool = True, **forced
 ) -> None:
-    """Page means, heads and positions are the reference's on the recorded inputs.
+    """Page means, heads, the shared head and positions are the reference's on the recorded inputs.
 
-    Page means always are bit for bit. Without `exact`, the heads may be any that the estimates allow up to rounding, and the
-    positions any that the scores by the recorded heads allow.
+    Page means always are bit for bit. Without `exact`, the heads and the shared head may be any that the estimates allow up to
+    rounding, and the positions any that the scores by the recorded heads allow. What SGLang's own indexer selected may be in
+    any order, and equal scores may be broken in any way.
 
     Args:
         record: as `capture.Recorder` writes it.
         forced: arguments of `reference.force`.
     """
     inputs = Inputs(*(record[name] for name in Inputs._fields))
-    heads = record["heads"]
-    means = reference.page_means(inputs.k, inputs.k_scale)
-    cached = record["page_means"][: len(means)]
-    assert torch.equal(cached.view(torch.int16), means.view(torch.int16))
+    if record["decode"]:
+        assert (record["router"] is None) == (config.decode == "dsa")
+    elif record["router"] is None:
+        assert (inputs.lengths < config.min_context).all()
+    if record["router"] is None:
+        check_dsa(record["positions"], inputs, topk, exact, forced)
+        return
+    assert record["router"] == config.router
+    heads, means = record["heads"], None
+    if config.pools_keys:
+        means = reference.page_means(inputs.k, inputs.k_scale)
+        cached = record["page_means"][: len(means)]
+        assert torch.equal(cached.view(torch.int16), means.view(torch.int16))
+    else:
+        assert record["page_means"] is None
+    assert (record["shared_q"] is None) == (heads is None or config.pools_keys)
     if heads is None:
         short = inputs.lengths < config.min_context
         assert config.active_heads == inputs.q.shape[1] or bool(short.all())
-    if exact:
-        expected = _expected(record, means, config, topk, forced)
-        assert torch.equal(record["positions"].long(), expected)
-        return
-    if heads is not None:
+    elif exact:
+        check_same_routing(record, inputs, means, config)
+    elif config.pools_keys:
         assert heads.shape[1] == config.active_heads
         judge.check_routing(heads, inputs, means, config.block_size)
+    else:
+        assert heads.shape[1] == config.active_heads - 1
+        routed = heads, record["shared_q"], record["shared_scale"]
+        judge.check_sampled_routing(routed, inputs)
+    if exact:
+        expected = selected_by(record, inputs, config, topk, forced)
+        assert torch.equal(record["positions"].long(), expected)
+        return
+    shared = record["shared_q"], record["shared_scale"]
     judge.check_selection(
         record["positions"],
         inputs,
         heads,
         topk,
+        shared=None if shared[0] is None else judge.SharedHead(*shared),
         rerank_candidates=0 if heads is None else config.rerank_candidates,
         **forced,
     )
 
 
-def _expected(record, means, config, topk, forced) -> torch.Tensor:
-    """The reference's selection; its heads must be the record's."""
-    inputs = [record[name] for name in ("q", "weights", "k", "k_scale", "lengths")]
+def check_dsa(positions, inputs: Inputs, topk: int, exact: bool, forced: Dict) -> None:
+    """The positions, in any order, are those of DSA, or others of equal score."""
+    positions = positions.long()
+    there = positions >= 0
+    end = len(inputs.k)
+    ordered = positions.masked_fill(~there, end).sort(1).values
+    ordered = ordered.masked_fill(ordered == end, -1)
+    if not exact:
+        judge.check_selection(ordered, inputs, None, topk, ties=False, **forced)
+        return
+    assert (ordered.diff(dim=1)[ordered[:, 1:] >= 0] > 0).all(), "a position twice"
+    assert (ordered < inputs.lengths[:, None]).all()
+    scores = reference.token_scores(*inputs[:4])
+    scores = reference.force(scores, inputs.lengths, **forced)
+    expected = reference.dsa(*inputs, topk, **forced)
+    assert torch.equal(ordered >= 0, expected >= 0)
+    chosen, wanted = (
+        scores.gather(1, x.clamp(min=0)).masked_fill(x < 0, 0).sort(1).values
+        for x in (ordered, expected)
+    )
+    assert torch.equal(chosen, wanted)
+
+
+def check_same_routing(record, inputs: Inputs, means, config: MisaConfig) -> None:
+    """The heads are the reference's bit for bit, and with the sampled router the shared head too, of some of the rows."""
+    rows = len(inputs.q) if config.pools_keys else SHARED_ROWS
+    some = torch.linspace(0, len(inputs.q) - 1, rows).long().unique()
+    q, weights, lengths = inputs.q[some], inputs.weights[some], inputs.lengths[some]
+    h = config.active_heads
+    if config.pools_keys:
+        heads = reference.route(q, weights, means, lengths, h, config.block_size)
+    else:
+        heads, shared_q, shared_scale = reference.route_sampled(
+            q, weights, inputs.k, inputs.k_scale, lengths, h
+        )
+        assert torch.equal(record["shared_q"][some].float(), shared_q.float())
+        assert torch.equal(record["shared_scale"][some], shared_scale)
+    assert torch.equal(record["heads"][some].long(), heads)
+
+
+def selected_by(record, inputs: Inputs, config, topk, forced) -> torch.Tensor:
+    """The reference's selection by the record's heads and its shared head."""
     if record["heads"] is None:
         return reference.dsa(*inputs, topk, **forced)
-    q, weights, _, _, lengths = inputs
-    options = {"active_heads": config.active_heads, "block_size": config.block_size}
-    heads = reference.route(q, weights, means, lengths, **options)
-    assert torch.equal(record["heads"].long(), heads)
-    return reference.misa(
-        *inputs, topk, rerank_candidates=config.rerank_candidates, **options, **forced
-    )
+    scored = reference.of_heads(inputs.q, inputs.weights, record["heads"].long())
+    shared = record["shared_q"], record["shared_scale"]
+    scores = reference.token_scores(*scored, inputs.k, inputs.k_scale, *shared)
+    m = config.rerank_candidates
+    return reference.best_of(scores, *inputs, topk, m, **forced)
 
 
 def check_records(records: List[Dict], config: MisaConfig, topk: int) -> None:

@@ -12,12 +12,16 @@ def test_attention_goes_with_its_own_rows(tmp_path):
     rows = {"layer_id": 1, "rid": "a", "page_table": table}
     recorder.record(
         **rows,
+        decode=False,
+        router=None,
         q=torch.zeros(3, 2, 128),
         weights=torch.zeros(3, 2),
         lengths=torch.tensor([121, 122, 123]),
         index_k=torch.zeros(4, 64 * 132, dtype=torch.uint8),
         pooled_keys=None,
         heads=None,
+        shared_q=None,
+        shared_scale=None,
         positions=torch.zeros(3, 128),
     )
     latent = torch.randn(256, 1, 16)

@@ -153,7 +153,7 @@ def test_hisa_in_a_server(tiny_model, tmp_path):
     with serve(
         tiny_model("deepseek_v32", 2, topk),
         tmp_path,
-        *misa_args(MisaConfig(active_heads=4)),
+        *misa_args(MisaConfig(active_heads=4, decode="misa")),
         *("--chunked-prefill-size", "512"),
         env={EVAL_SELECTION: "hisa"},
     ) as server:
@@ -162,7 +162,7 @@ def test_hisa_in_a_server(tiny_model, tmp_path):
         variant = server.variant()
     assert "MISA is NOT what selects" in log and f"{EVAL_SELECTION}=hisa" in log
     assert "MISA is on" not in log
-    assert tuple(variant.values()) == ("hisa", 0, 128, 0)
+    assert tuple(variant.values()) == ("hisa", 0, 128, 0, "")
     for record in records:
         # Some rows: the batches above have them all.
         q, weights, lengths = (record[x][::16] for x in ("q", "weights", "lengths"))

@@ -11,16 +11,20 @@ from checks import check_record
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
 from sglang.srt.layers.misa import hooks, reference
+from sglang.srt.layers.misa.batch import rows_below
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import hooks as evaluation
 from sglang.srt.layers.misa.evaluation.capture import load_records
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
+from sglang.srt.layers.misa.metrics import RowCounts
 from sglang.srt.layers.misa.pooled_keys import PooledKeys
 from sglang.srt.layers.misa.testing.batches import write_pages
 from sglang.srt.layers.misa.testing.inputs import make_inputs
 
 HEADS, TOPK, START_LAYER, LAYER = 32, 128, 3, 4
-CONFIG = MisaConfig(active_heads=3, block_size=128)
+CONFIG = MisaConfig("sampled", 3, decode="misa")
+POOLED = MisaConfig("pooled", 3, 128, decode="misa")
+ROUTERS = pytest.mark.parametrize("config", [CONFIG, POOLED], ids=lambda x: x.router)
 
 
 class Batch:
@@ -44,17 +48,20 @@ class Batch:
             self.page_table[i, : pages[i]] = mine
             write_pages(index_k, mine, inputs.k, inputs.k_scale)
         index_k, self.page_table = index_k.to(device), self.page_table.to(device)
-        pooled_keys = PooledKeys([torch.zeros(1, 1), index_k])
-        slots = torch.arange(len(index_k) * PAGE_SIZE, device=device)
-        pooled_keys.update(LAYER - START_LAYER, index_k, slots)
         pool = SimpleNamespace(
             start_layer=START_LAYER,
-            misa_pooled_keys=pooled_keys,
             get_index_k_with_scale_buffer=lambda layer_id: index_k,
         )
+        if config is not None and config.pools_keys:
+            pool.misa_pooled_keys = PooledKeys([torch.zeros(1, 1), index_k])
+            slots = torch.arange(len(index_k) * PAGE_SIZE, device=device)
+            pool.misa_pooled_keys.update(LAYER - START_LAYER, index_k, slots)
         for module in (hooks, evaluation):
             monkeypatch.setattr(module, "get_token_to_kv_pool", lambda: pool)
-        monkeypatch.setattr(hooks, "active_config", lambda: config)
+        for module in (hooks, evaluation):
+            monkeypatch.setattr(module, "active_config", lambda: config)
+        self.counts = RowCounts()
+        monkeypatch.setattr(hooks, "ROWS", self.counts)
         self.config, self.monkeypatch = config, monkeypatch
         self.rids = None
         self.forced = dict(zip(("init_tokens", "local_tokens"), forced))
@@ -90,9 +97,11 @@ class Batch:
             ),
         )
 
-    def select_ragged(self, padding=0, out=None, weight_padding=0, **metadata):
+    def select_ragged(
+        self, padding=0, out=None, weight_padding=0, original=None, **metadata
+    ):
         return hooks.select_ragged(
-            None,
+            original,
             self.indexer,
             False,
             SimpleNamespace(rids=self.rids),
@@ -103,9 +112,9 @@ class Batch:
             out,
         )
 
-    def select_paged(self, padding=0, **metadata):
+    def select_paged(self, padding=0, original=None, **metadata):
         return hooks.select_paged(
-            None,
+            original,
             self.indexer,
             SimpleNamespace(rids=self.rids),
             LAYER,
@@ -116,9 +125,10 @@ class Batch:
 
     def expected(self):
         """The reference's positions."""
-        options = dict(active_heads=3, block_size=128, **self.forced)
-        selected = [reference.misa(*s, TOPK, **options) for s in self.sequences]
-        return torch.cat(selected)
+        options, define = dict(active_heads=3, **self.forced), reference.misa_shared
+        if self.config.pools_keys:
+            options["block_size"], define = 128, reference.misa
+        return torch.cat([define(*s, TOPK, **options) for s in self.sequences])
 
     def recorded(self, select, tmp_path):
         """What `select` returns while it is recorded, and the records."""
@@ -156,8 +166,9 @@ LENGTHS, EXTENDS = [300, 1, 129, 700], [300, 1, 40, 3]
 
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("forced", [(0, 0), (4, 70)])
-def test_extend(padding, forced, device, monkeypatch, tmp_path):
-    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, forced)
+@ROUTERS
+def test_extend(config, padding, forced, device, monkeypatch, tmp_path):
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, forced, config)
 
     def select():
         return batch.select_ragged(padding, method=PAGED)
@@ -169,8 +180,9 @@ def test_extend(padding, forced, device, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("forced", [(0, 0), (4, 70)])
-def test_decode(padding, forced, device, monkeypatch, tmp_path):
-    batch = Batch(LENGTHS, [1] * 4, device, monkeypatch, forced)
+@ROUTERS
+def test_decode(config, padding, forced, device, monkeypatch, tmp_path):
+    batch = Batch(LENGTHS, [1] * 4, device, monkeypatch, forced, config)
 
     def select():
         return batch.select_paged(padding, method=PAGED)
@@ -194,15 +206,17 @@ def test_extend_into_the_buffer_of_a_cuda_graph(device, monkeypatch, tmp_path):
     batch.check(select(), select, tmp_path)
 
 
-def test_some_prompts_are_below_min_context(device, monkeypatch, tmp_path):
+@ROUTERS
+def test_some_prompts_are_below_min_context(config, device, monkeypatch, tmp_path):
     """The rows that see fewer tokens are spread over the batch, and recorded by themselves."""
-    config = replace(CONFIG, min_context=200)
+    config = replace(config, min_context=200)
     batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, config=config)
 
     def select():
         return batch.select_ragged(method=PAGED)
 
     out = select()
+    assert batch.counts.counts == {"misa": 104, "all_heads": 240, "dsa": 0}
     again, records = batch.recorded(select, tmp_path)
     assert torch.equal(out, again)
     assert [(r["rid"], len(r["q"]), r["heads"] is None) for r in records] == [
@@ -263,7 +277,6 @@ def test_fused_output_is_offsets_where_keys_are_ragged(device, monkeypatch, tmp_
 
 def test_sglangs_own_selection_is_recorded(device, monkeypatch, tmp_path):
     batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, config=None)
-    monkeypatch.setattr(evaluation, "active_config", lambda: None)
     recording = evaluation.Recording(tmp_path / "records")
     chosen = torch.randint(100, (sum(EXTENDS), TOPK), dtype=torch.int32, device=device)
     q, weights = batch.stacked("q", 0), batch.stacked("weights", 0)[:, :, None]
@@ -274,6 +287,8 @@ def test_sglangs_own_selection_is_recorded(device, monkeypatch, tmp_path):
 
     # The warm-up of a CUDA graph, which belongs to no request.
     after(None)
+    with envs.SGLANG_DSA_FUSE_TOPK.override(True):
+        after(None, unfused=False)
     assert not (tmp_path / "records").exists()
     after(["a", "b", "c", "d"])
     records = load_records(tmp_path / "records")
@@ -287,6 +302,78 @@ def test_sglangs_own_selection_is_recorded(device, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "active_config", lambda: CONFIG)
     after(["e", "f", "g", "h"])
     assert len(load_records(tmp_path / "records")) == 4
+    # It leaves a batch of short prompts alone.
+    config = replace(CONFIG, min_context=701)
+    monkeypatch.setattr(evaluation, "active_config", lambda: config)
+    after(["i", "j", "k", "l"])
+    *_, record = load_records(tmp_path / "records")
+    assert (record["rid"], record["router"], record["heads"]) == ("l", None, None)
+
+
+class Original:
+    """SGLang's own method, and what it was given."""
+
+    def __init__(self):
+        self.given = []
+
+    def __call__(self, *args):
+        self.given.append(args)
+        return "result"
+
+
+def test_decode_is_left_to_sglang_by_default(device, monkeypatch):
+    config = MisaConfig()
+    assert config.decode == "dsa"
+    batch = Batch(LENGTHS, [1] * 4, device, monkeypatch, config=config)
+    original = Original()
+    assert batch.select_paged(original=original, method=PAGED) == "result"
+    ((indexer, _, layer_id, q, weights, metadata),) = original.given
+    assert (indexer, layer_id, q.shape) == (batch.indexer, LAYER, (4, HEADS, 128))
+    assert weights.shape == (4, HEADS, 1) and metadata.get_dsa_extend_len_cpu()
+    # A prompt is not.
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, config=config)
+    assert batch.select_ragged(original=original, method=PAGED).shape[1] == TOPK
+    assert len(original.given) == 1
+    assert batch.counts.counts == {"misa": 344, "all_heads": 0, "dsa": 0}
+
+
+@pytest.mark.parametrize("min_context, left", [(700, False), (701, True)])
+def test_short_prompts_are_left_to_sglang(min_context, left, device, monkeypatch):
+    """Where all rows of a batch see fewer tokens than `min_context`, whatever their number."""
+    config = replace(CONFIG, min_context=min_context)
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, config=config)
+    original, rows = Original(), sum(EXTENDS)
+    buffer = torch.full((rows, TOPK), -1, dtype=torch.int32, device=device)
+    out = batch.select_ragged(out=buffer, original=original, method=PAGED)
+    if not left:
+        assert out is buffer and not original.given
+        assert batch.counts.counts == {"misa": 1, "all_heads": 343, "dsa": 0}
+        return
+    assert out == "result"
+    ((indexer, dual, _, layer_id, q, weights, metadata, topk_result),) = original.given
+    assert topk_result is buffer and dual is False and len(q) == rows
+    assert batch.counts.counts == {"misa": 0, "all_heads": 0, "dsa": 344}
+
+
+def test_all_heads_are_counted(monkeypatch):
+    config = MisaConfig("sampled", HEADS)
+    batch = Batch(LENGTHS, EXTENDS, "cpu", monkeypatch, config=config)
+    batch.select_ragged(method=PAGED)
+    assert batch.counts.counts == {"misa": 0, "all_heads": 344, "dsa": 0}
+
+
+@pytest.mark.parametrize("rows, length", [([3, 5], 0), ([3, 5], 8), ([8, 0], 100)])
+def test_rows_below(rows, length):
+    seq_lens = torch.tensor([10, 9])
+    metadata = SimpleNamespace(
+        get_dsa_extend_len_cpu=lambda: rows, get_indexer_seq_len_cpu=lambda: seq_lens
+    )
+    seen = [
+        length
+        for end, count in zip(seq_lens.tolist(), rows)
+        for length in range(end - count + 1, end + 1)
+    ]
+    assert rows_below(metadata, length) == sum(x < length for x in seen)
 
 
 def test_sglang_is_left_alone_without_misa(monkeypatch):
@@ -301,13 +388,22 @@ def test_sglang_is_left_alone_without_misa(monkeypatch):
     assert hooks.select_ragged(original, *args) == "result"
     assert hooks.select_paged(original, *args[:6]) == "result"
     assert given == [args, args[:6]]
+
+
+@pytest.mark.parametrize("config", [None, CONFIG], ids=["off", "sampled"])
+def test_no_pooled_keys(config, monkeypatch):
+    """Neither without MISA nor with the sampled router: nothing has a place for them here."""
+    monkeypatch.setattr(hooks, "active_config", lambda: config)
     assert hooks.create_pooled_keys(None, SimpleNamespace()) is None
+    assert hooks.clear_pooled_keys(None, SimpleNamespace()) is None
     assert hooks.add_pooled_keys_size(10, SimpleNamespace()) is None
     assert hooks.add_pooled_keys_cell_size(10, None, None, 3) is None
+    assert hooks.update_after_store(None, None, None, LAYER, None) is None
+    assert hooks.update_after_fused_store(*[None] * 5, LAYER, None) is None
 
 
 def test_pooled_keys_are_counted(monkeypatch):
-    monkeypatch.setattr(hooks, "active_config", lambda: CONFIG)
+    monkeypatch.setattr(hooks, "active_config", lambda: POOLED)
     pages = [torch.zeros(10, 64 * 132, dtype=torch.uint8)] * 3
     pool = SimpleNamespace(index_k_with_scale_buffer=pages)
     hooks.create_pooled_keys(None, pool)

@@ -1,5 +1,7 @@
 """Selection through the paged cache is the one defined on the plain tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checks import check_record
@@ -14,13 +16,22 @@ from sglang.srt.layers.misa.testing.batches import write_cache
 from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
 
 HEADS, TOPK = 32, 128
+SAMPLED = MisaConfig("sampled", 2, decode="misa")
+POOLED = MisaConfig("pooled", 3, 256, decode="misa")
 CONFIGS = {
-    "single stage": MisaConfig(active_heads=3, block_size=256),
-    "hierarchical": MisaConfig(active_heads=3, block_size=256, rerank_candidates=320),
-    "all heads": MisaConfig(active_heads=HEADS, block_size=256),
-    "one head, blocks of a page": MisaConfig(active_heads=1, block_size=64),
+    "single stage": replace(SAMPLED, active_heads=3),
+    "hierarchical": replace(SAMPLED, active_heads=3, rerank_candidates=320),
+    "all heads": replace(SAMPLED, active_heads=HEADS),
+    "the shared head alone": replace(SAMPLED, active_heads=1),
+    "all heads but one": replace(SAMPLED, active_heads=HEADS - 1),
+    "pooled": POOLED,
+    "pooled, hierarchical": replace(POOLED, rerank_candidates=320),
+    "pooled, all heads": replace(POOLED, active_heads=HEADS),
+    "pooled, one head, blocks of a page": replace(
+        POOLED, active_heads=1, block_size=64
+    ),
 }
-MIN_CONTEXT = MisaConfig(active_heads=2, block_size=64, min_context=500)
+ROUTERS = {"sampled": SAMPLED, "pooled": POOLED}
 
 
 def int32(values, device):
@@ -60,8 +71,9 @@ class Cached:
         )
 
     def select(self, misa, batch, **form):
+        pooled_keys = self.pooled_keys if misa.config.pools_keys else None
         return misa.select(
-            self.q, self.weights, self.index_k, self.pooled_keys, batch, **form
+            self.q, self.weights, self.index_k, pooled_keys, batch, **form
         )
 
 
@@ -72,14 +84,21 @@ def check(misa, inputs, device, *, ragged: bool, rows=slice(None), selection=Non
         selection = cached.select(misa, cached.batch(ragged))
     record = {
         **inputs.to(device)._asdict(),
+        "decode": not ragged,
+        "router": misa.config.router,
         "heads": selection.heads,
+        "shared_q": selection.shared_q,
+        "shared_scale": selection.shared_scale,
         "positions": selection.indices,
-        "page_means": cached.pooled_keys[cached.page_table.long()],
+        "page_means": None,
     }
-    for name in ("q", "weights", "lengths", "heads", "positions"):
+    if misa.config.pools_keys:
+        record["page_means"] = cached.pooled_keys[cached.page_table.long()]
+    routed = "heads", "shared_q", "shared_scale"
+    for name in ("q", "weights", "lengths", *routed, "positions"):
         record[name] = None if record[name] is None else record[name][rows]
     if selection.dense is not None and bool(selection.dense[rows].all()):
-        record["heads"] = None
+        record |= dict.fromkeys(routed)
     check_record(record, misa.config, TOPK, exact=device == "cpu", **misa.forced)
     return selection
 
@@ -117,7 +136,9 @@ def test_row_chunks_change_nothing(monkeypatch):
         assert torch.equal(chunked.indices, whole.indices)
 
 
-@pytest.mark.parametrize("name", ["single stage", "hierarchical"])
+@pytest.mark.parametrize(
+    "name", ["single stage", "hierarchical", "pooled, hierarchical"]
+)
 @RAGGED
 def test_forced_tokens(name, ragged, device):
     inputs = make_inputs("random", rows=40, heads=HEADS, tokens=700)
@@ -125,12 +146,13 @@ def test_forced_tokens(name, ragged, device):
     check(misa, inputs, device, ragged=ragged)
 
 
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("candidates", [0, 320])
 @pytest.mark.parametrize("first, dense_rows", [(351, 149), (1, 499), (500, 0)])
 def test_prompt_tokens_below_min_context_are_scored_by_all_heads(
-    candidates, first, dense_rows, device
+    router, candidates, first, dense_rows, device
 ):
-    config = MisaConfig(2, 64, candidates, min_context=500)
+    config = replace(ROUTERS[router], rerank_candidates=candidates, min_context=500)
     inputs = make_inputs("random", rows=651 - first, heads=HEADS, tokens=650)
     misa = MisaIndexer(config, TOPK)
     routed = slice(dense_rows, None)
@@ -143,15 +165,11 @@ def test_prompt_tokens_below_min_context_are_scored_by_all_heads(
     check(misa, inputs, device, ragged=True, rows=short, selection=selection)
 
 
-def test_a_prompt_below_min_context_is_not_routed(device):
-    inputs = make_inputs("random", rows=300, heads=HEADS, tokens=499)
-    selection = check(MisaIndexer(MIN_CONTEXT, TOPK), inputs, device, ragged=True)
-    assert selection.heads is None
-
-
-def test_decode_ignores_min_context(device):
+@pytest.mark.parametrize("router", ROUTERS)
+def test_decode_ignores_min_context(router, device):
+    config = replace(ROUTERS[router], min_context=500)
     inputs = make_inputs("random", rows=300, heads=HEADS, tokens=650)
-    selection = check(MisaIndexer(MIN_CONTEXT, TOPK), inputs, device, ragged=False)
+    selection = check(MisaIndexer(config, TOPK), inputs, device, ragged=False)
     assert selection.heads is not None and selection.dense is None
 
 
@@ -169,7 +187,8 @@ def test_runs_in_a_captured_cuda_graph(name):
     batch = Batch(page_table, int32(range(5), "cuda"), lengths, [1] * 4)
 
     def select():
-        return misa.select(q, weights, cached.index_k, cached.pooled_keys, batch)
+        pooled_keys = cached.pooled_keys if misa.config.pools_keys else None
+        return misa.select(q, weights, cached.index_k, pooled_keys, batch)
 
     select()
     graph = torch.cuda.CUDAGraph()
@@ -189,7 +208,7 @@ def test_output_forms(device):
     """The kernels write the forms themselves; that they are those of `selection` is seen here."""
     inputs = make_inputs("random", rows=40, heads=HEADS, tokens=700)
     cached = Cached(inputs, device)
-    for name in ("single stage", "hierarchical", "all heads"):
+    for name in ("single stage", "hierarchical", "pooled", "all heads"):
         misa = MisaIndexer(CONFIGS[name], TOPK)
         for ragged in (True, False):
             batch = cached.batch(ragged)
@@ -207,7 +226,7 @@ def test_output_forms(device):
 
 def test_all_heads_are_dsa(device):
     inputs = make_inputs("random", rows=40, heads=HEADS, tokens=700)
-    config = MisaConfig(active_heads=HEADS, rerank_candidates=320)
+    config = replace(SAMPLED, active_heads=HEADS, rerank_candidates=320)
     selection = check(MisaIndexer(config, TOPK), inputs, device, ragged=True)
     assert selection.heads is None
     if device == "cpu":

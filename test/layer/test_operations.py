@@ -14,9 +14,11 @@ from sglang.srt.layers.misa.testing.inputs import make_inputs
 NAMES = [
     "update_pooled_keys",
     "route",
+    "route_sampled",
     "topk_prefill",
     "topk_decode",
     "route_topk_decode",
+    "route_sampled_topk_decode",
     "rerank",
 ]
 

@@ -166,6 +166,7 @@ class Model(torch.nn.Module):
 
 def test_objects_of_the_hooked_classes_pass():
     patching.check_objects(Model(Indexer), Pool())
+    patching.check_objects(Model(Indexer), None)
 
 
 def test_a_subclass_with_a_method_of_its_own():
@@ -185,6 +186,6 @@ def test_a_subclass_with_a_method_of_its_own():
 
 def test_a_model_or_a_pool_without_an_indexer():
     with pytest.raises(RuntimeError, match="no DSA indexer"):
-        patching.check_objects(torch.nn.Linear(1, 1), Pool())
-    with pytest.raises(RuntimeError, match="no DSA indexer"):
+        patching.check_objects(torch.nn.Linear(1, 1), None)
+    with pytest.raises(RuntimeError, match="a object has no room for pooled keys"):
         patching.check_objects(Model(Indexer), object())

@@ -2,10 +2,12 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from checks import check_records, covered, selections
+from prometheus_client.parser import text_string_to_metric_families
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
@@ -16,10 +18,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYERS, TOPK = 2, 256
-CONFIG = MisaConfig(active_heads=8, block_size=256)
+SAMPLED = MisaConfig("sampled", 8, decode="misa")
+POOLED = MisaConfig("pooled", 8, 256, decode="misa")
 FAMILIES = ["deepseek_v32", "glm_moe_dsa"]
-# Chunks of the prompt, which SGLang takes in whole pages; 8192 is the whole prompt in one go.
-CHUNKS = [256, 512, 1024, 8192]
+# The chunks of a prompt, in whole pages, where it does not come in one go.
+SERVERS = [
+    ("deepseek_v32", 256, SAMPLED),
+    ("deepseek_v32", 512, POOLED),
+    ("glm_moe_dsa", 1024, SAMPLED),
+    ("glm_moe_dsa", 256, POOLED),
+]
 
 
 def output(answer):
@@ -34,22 +42,29 @@ def cached(answer):
     scope="module",
     params=[
         # One worker runs all the tests of a server.
-        pytest.param(family, marks=pytest.mark.xdist_group(family))
-        for family in FAMILIES
+        pytest.param(
+            (family, chunk, config),
+            id=f"{family}-{config.router}",
+            marks=pytest.mark.xdist_group(f"{family}-{config.router}"),
+        )
+        for family, chunk, config in SERVERS
     ],
 )
 def server(request, tiny_model, tmp_path_factory):
-    model = tiny_model(request.param, LAYERS, TOPK)
+    family, chunk, config = request.param
+    model = tiny_model(family, LAYERS, TOPK)
     folder = tmp_path_factory.mktemp("server")
-    with serve(model, folder, *misa_args(CONFIG)) as running:
+    with serve(model, folder, *misa_args(config)) as running:
+        running.chunks = {"in chunks": chunk, "in one go": 8192}
+        running.config = config
         yield running
 
 
-@pytest.fixture(params=CHUNKS)
+@pytest.fixture(params=["in chunks", "in one go"])
 def fresh(request, server):
     """The server with an empty cache and no records, and chunks of one size."""
     server.reset()
-    server.chunk = request.param
+    server.chunk = server.chunks[request.param]
     server.set_chunk(server.chunk)
     return server
 
@@ -58,7 +73,8 @@ def test_prefill_and_decode(fresh):
     # 70 new tokens cross a page edge, wherever the prompt ends.
     fresh.generate(tokens(1500), new_tokens=70)
     records = fresh.records()
-    check_records(records, CONFIG, TOPK)
+    check_records(records, fresh.config, TOPK)
+    assert all(r["decode"] == bool((r["lengths"] > 1500).all()) for r in records)
     assert max(len(record["q"]) for record in records) == min(fresh.chunk, 1500)
     # Chunks that end within the first TOPK tokens need no selection. The overlapped scheduler may run one step more.
     first = fresh.chunk + 1 if fresh.chunk <= TOPK else 1
@@ -74,7 +90,7 @@ def test_radix_hit(fresh):
     hit = fresh.generate(prompt)
     assert cached(cold) == 0 and cached(hit) == 1472
     records = fresh.records()
-    check_records(records, CONFIG, TOPK)
+    check_records(records, fresh.config, TOPK)
     assert covered(records)[0] - {1504} == set(range(1473, 1504))
 
 
@@ -90,7 +106,7 @@ def test_extension_of_a_cached_prefix(fresh):
     warm = fresh.generate(prompt)
     assert cached(warm) == head
     warm_records = fresh.records()
-    check_records(warm_records, CONFIG, TOPK)
+    check_records(warm_records, fresh.config, TOPK)
     if head == fresh.chunk:
         assert output(warm) == output(cold)
         rows = head + 1, head + 300
@@ -109,7 +125,7 @@ def test_batch_of_prompts_and_decodes(fresh):
             time.sleep(0.1)
         assert all(len(output(answer.result())) == 40 for answer in answers)
     records = fresh.records()
-    check_records(records, CONFIG, TOPK)
+    check_records(records, fresh.config, TOPK)
     assert covered(records)[0] >= set(range(1001, 1140))
 
 
@@ -123,7 +139,7 @@ def test_flush_cache_and_reuse_of_pages(fresh):
     after = fresh.generate(prompt, 20)
     again = fresh.records()
     assert cached(after) == 0 and output(after) == output(before)
-    check_records(again, CONFIG, TOPK)
+    check_records(again, fresh.config, TOPK)
     rows = 1001, 1219
     assert torch.equal(selections(again, *rows), selections(first, *rows))
 
@@ -143,33 +159,39 @@ def test_abort_in_mid_prefill(fresh):
         assert doomed.result()["meta_info"]["finish_reason"]["type"] == "abort"
     aborted = fresh.records()
     assert max(covered(aborted)[0]) < 7400, "the prompt was finished, not aborted"
-    check_records(aborted, CONFIG, TOPK)
+    check_records(aborted, fresh.config, TOPK)
     fresh.reset()
     after = fresh.generate(prompt, 20)
     again = fresh.records()
     assert output(after) == output(before)
-    check_records(again, CONFIG, TOPK)
+    check_records(again, fresh.config, TOPK)
     rows = 1001, 1419
     assert torch.equal(selections(again, *rows), selections(first, *rows))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_heads_are_dsa(family, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "family, config",
+    [
+        ("deepseek_v32", replace(SAMPLED, active_heads=64)),
+        ("glm_moe_dsa", replace(POOLED, active_heads=32)),
+    ],
+    ids=FAMILIES,
+)
+def test_all_heads_are_dsa(family, config, tiny_model, tmp_path):
     """--misa-active-heads H: SGLang's own selections and output tokens."""
     model = tiny_model(family, LAYERS, TOPK)
-    heads = {"deepseek_v32": 64, "glm_moe_dsa": 32}[family]
     prompt, new_tokens = 600, 12
     last = prompt + new_tokens - 1
     answers, chosen = [], []
     for name, args in (
         ("dsa", ()),
-        ("misa", misa_args(MisaConfig(active_heads=heads))),
+        ("misa", misa_args(config)),
     ):
         with serve(model, tmp_path / name, *args) as server:
             answers.append(server.generate(tokens(prompt), new_tokens))
             records = server.records()
             chosen.append(selections(records, 1, last).sort(dim=2).values)
-    check_records(records, MisaConfig(active_heads=heads), TOPK)
+    check_records(records, config, TOPK)
     assert output(answers[0]) == output(answers[1])
     for record in records:
         scores = reference.token_scores(
@@ -185,14 +207,19 @@ def test_all_heads_are_dsa(family, tiny_model, tmp_path):
             assert torch.equal(dsa, misa)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+HIERARCHICAL = {"active_heads": 4, "rerank_candidates": 512}
+MIN_CONTEXT = {"min_context": 700, "decode": "dsa"}
+
+
 @pytest.mark.parametrize(
-    "config",
+    "family, config",
     [
-        MisaConfig(active_heads=4, block_size=128, rerank_candidates=512),
-        MisaConfig(active_heads=8, block_size=1024, min_context=700),
+        ("deepseek_v32", replace(SAMPLED, **HIERARCHICAL)),
+        ("glm_moe_dsa", replace(POOLED, **HIERARCHICAL)),
+        ("deepseek_v32", replace(POOLED, **MIN_CONTEXT)),
+        ("glm_moe_dsa", replace(SAMPLED, **MIN_CONTEXT)),
     ],
-    ids=["hierarchical", "min-context"],
+    ids=lambda x: x if isinstance(x, str) else f"{x.router}-{x.min_context}",
 )
 def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
     with serve(
@@ -203,17 +230,22 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
         "--enable-metrics",
     ) as server:
         info, metrics = server.info, server.metrics()
-        assert info["misa_active_heads"] == config.active_heads
+        given, size = dict(info["misa"]), info["misa"]["pooled_keys_bytes"]
+        del given["pooled_keys_bytes"]
+        assert given == asdict(config)
+        assert f"MISA is on. {config}" in server.log.read_text()
         assert server.variant() == {
             "variant": "misa-hierarchical" if config.rerank_candidates else "misa",
             "active_heads": config.active_heads,
-            "block_size": config.block_size,
+            "block_size": config.block_size or 0,
             "rerank_candidates": config.rerank_candidates,
+            "router": config.router,
         }
-        for name in ("active_heads", "block_size", "rerank_candidates"):
+        for name in ("active_heads", "rerank_candidates", "min_context"):
             assert metrics[f"sglang:misa_{name}"] == getattr(config, name)
-        size = info["misa"]["pooled_keys_bytes"]
-        assert metrics["sglang:misa_pooled_keys_bytes"] == size > 0
+        assert metrics.get("sglang:misa_block_size") == config.block_size
+        assert metrics["sglang:misa_pooled_keys_bytes"] == size
+        assert (size > 0) == config.pools_keys
         with ThreadPoolExecutor(3) as threads:
             first = threads.submit(server.generate, tokens(600, 1), 24)
             # The others come while it decodes.
@@ -224,18 +256,41 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
                 for size in (1300, 900)
             ]
             assert all(a.result() for a in (first, *others))
-        records = server.records()
+        records, state = server.records(), server.get("/get_server_info").json()
+        exported = server.get("/metrics").text
     check_records(records, config, TOPK)
     assert any(r["heads"] is not None for r in records)
+    assert any(r["decode"] for r in records)
+    # Nothing but these requests; decode of its own is not counted.
+    paths = dict.fromkeys(("misa", "all_heads", "dsa"), 0)
+    for record in records:
+        if record["decode"]:
+            continue
+        path = "all_heads" if record["heads"] is None else "misa"
+        paths["dsa" if record["router"] is None else path] += len(record["q"])
+    assert state["internal_states"][0]["misa_rows"] == paths
+    assert (paths["dsa"] > 0) == (paths["all_heads"] > 0) == (config.min_context > 0)
+    found = {
+        sample.labels["path"]: sample.value
+        for family in text_string_to_metric_families(exported)
+        for sample in family.samples
+        if sample.name == "sglang:misa_rows_total"
+    }
+    assert found == paths
+    labels = f'decode="{config.decode}"', f'router="{config.router}"'
+    (line,) = [x for x in exported.splitlines() if x.startswith("sglang:misa_info{")]
+    assert all(label in line for label in labels)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_retraction(family, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "family, config", [(FAMILIES[0], SAMPLED), (FAMILIES[1], POOLED)], ids=FAMILIES
+)
+def test_retraction(family, config, tiny_model, tmp_path):
     """Requests that outgrow the cache are retracted, and their pages filled by others."""
     with serve(
         tiny_model(family, LAYERS, TOPK),
         tmp_path,
-        *misa_args(CONFIG),
+        *misa_args(config),
         *("--chunked-prefill-size", "512", "--schedule-conservativeness", "0.01"),
         *("--max-total-tokens", "1024"),
     ) as server:
@@ -251,13 +306,13 @@ def test_retraction(family, tiny_model, tmp_path):
             ]
             assert all(len(output(answer.result())) == 330 for answer in answers)
         assert "#retracted_reqs: 1" in server.log.read_text(), "none was retracted"
-        check_records(server.records(), CONFIG, TOPK)
+        check_records(server.records(), config, TOPK)
         server.forget()
         # Its pages come from what the others left in the radix cache, and are evicted for it.
         after = server.generate(prompt, 50)
         assert cached(after) == 0
         again = server.records()
     assert output(after) == output(before)
-    check_records(again, CONFIG, TOPK)
+    check_records(again, config, TOPK)
     rows = 1, 349
     assert torch.equal(selections(again, *rows), selections(first, *rows))

@@ -12,7 +12,12 @@ import torch
 
 from sglang.srt.layers.misa import operations, process
 from sglang.srt.layers.misa import server_args as module
-from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
+from sglang.srt.layers.misa.config import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_MIN_CONTEXT,
+    MAX_CONTEXT,
+    MisaConfig,
+)
 from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
 from sglang.srt.server_args import ServerArgs
 from sglang_misa.server import server_env
@@ -22,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 HEADS, TOPK = 64, 256
+POOLED = "--misa-router pooled"
 SPECULATIVE = (
     "--speculative-algorithm EAGLE --speculative-num-steps 2 --speculative-eagle-topk 1 "
     "--speculative-num-draft-tokens 3"
@@ -59,18 +65,31 @@ def refusal(function, *args) -> str:
 def test_defaults(parse):
     args = parse()
     assert args.enable_misa
-    assert args.misa_active_heads == 8
-    assert args.misa_block_size == 1024
-    assert args.misa_rerank_candidates == 0
-    assert args.misa_min_context == 0
+    assert args.misa_block_size is None and args.misa_min_context is None
+    config = module.misa_config(args)
+    assert config == MisaConfig(
+        router="sampled",
+        active_heads=8,
+        block_size=None,
+        rerank_candidates=0,
+        min_context=DEFAULT_MIN_CONTEXT,
+        decode="dsa",
+    )
 
 
 def test_values_at_the_bounds_are_accepted(parse):
     for flags in (
         "--misa-active-heads 1",
         f"--misa-active-heads {HEADS}",
-        "--misa-block-size 64",
-        f"--misa-block-size {MAX_CONTEXT}",
+        "--misa-router sampled --misa-active-heads 1",
+        "--misa-router pooled --misa-active-heads 1",
+        "--misa-router pooled --misa-block-size 64",
+        f"--misa-router pooled --misa-block-size {MAX_CONTEXT}",
+        "--misa-decode dsa",
+        "--misa-decode misa",
+        # They say how SGLang's own indexer decodes.
+        "--dsa-topk-backend flashinfer",
+        "--dsa-paged-mqa-logits-backend cutedsl",
         f"--misa-rerank-candidates {TOPK}",
         f"--misa-rerank-candidates {MAX_CONTEXT}",
         "--misa-min-context 0",
@@ -85,11 +104,19 @@ def test_values_at_the_bounds_are_accepted(parse):
         ("--misa-active-heads 0", "between 1 and 64"),
         ("--misa-active-heads 65", "between 1 and 64"),
         ("--misa-active-heads -8", "between 1 and 64"),
-        ("--misa-block-size 0", "positive multiple of 64"),
-        ("--misa-block-size -64", "positive multiple of 64"),
-        ("--misa-block-size 100", "positive multiple of 64"),
-        ("--misa-block-size 4194368", "at most 4194304"),
-        ("--misa-block-size 2147483648", "at most 4194304"),
+        (f"{POOLED} --misa-block-size 0", "positive multiple of 64"),
+        (f"{POOLED} --misa-block-size -64", "positive multiple of 64"),
+        (f"{POOLED} --misa-block-size 100", "positive multiple of 64"),
+        (f"{POOLED} --misa-block-size 4194368", "at most 4194304"),
+        (f"{POOLED} --misa-block-size 2147483648", "at most 4194304"),
+        (
+            "--misa-block-size 1024",
+            "drop --misa-block-size or add --misa-router pooled",
+        ),
+        (
+            "--misa-router sampled --misa-block-size 0",
+            "drop --misa-block-size or add --misa-router pooled",
+        ),
         ("--misa-rerank-candidates 4194305", "at most 4194304"),
         ("--misa-rerank-candidates 255", "at least 256"),
         ("--misa-rerank-candidates -1", "at least 256"),
@@ -98,7 +125,37 @@ def test_values_at_the_bounds_are_accepted(parse):
 )
 def test_bad_values(parse, flags, remedy):
     message = refusal(parse, flags)
-    assert flags in message and remedy in message
+    wrong = " ".join(flags.split()[-2:])
+    assert wrong in message and remedy in message
+
+
+@pytest.mark.parametrize("name", ["router", "decode"])
+def test_no_such_choice(parse, name, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"--misa-{name} best")
+    assert f"--misa-{name}: invalid choice: 'best'" in capsys.readouterr().err
+    # A program may hand over what the command line does not take.
+    args = parse()
+    object.__setattr__(args, f"misa_{name}", "best")
+    message = refusal(module.check_misa_server_args, args)
+    assert f"--misa-{name} best is not" in message and "drop" in message
+
+
+def test_what_is_unset(parse, monkeypatch):
+    """The routers, and the evaluation, have defaults of their own."""
+
+    def config(flags=""):
+        return module.misa_config(parse(flags))
+
+    assert config().block_size is None
+    assert config(POOLED).block_size == DEFAULT_BLOCK_SIZE == 1024
+    assert config(f"{POOLED} --misa-block-size 64").block_size == 64
+    monkeypatch.setattr(module, "DEFAULT_MIN_CONTEXT", 5000)
+    assert config().min_context == 5000
+    assert config("--misa-min-context 0").min_context == 0
+    assert config("--misa-min-context 700").min_context == 700
+    monkeypatch.setenv(EVAL_SELECTION, "hisa")
+    assert config().min_context == 0
 
 
 @pytest.mark.parametrize("flag", ["active-heads", "block-size", "rerank-candidates"])
@@ -122,9 +179,12 @@ COMBINATIONS = [
     ("--prefill-attention-backend flashinfer", "--prefill-attention-backend"),
     ("--decode-attention-backend flashinfer", "--decode-attention-backend"),
     ("--cuda-graph-backend-prefill full", "drop --cuda-graph-backend-prefill full"),
-    ("--dsa-topk-backend flashinfer", "drop --dsa-topk-backend flashinfer"),
     (
-        "--dsa-paged-mqa-logits-backend cutedsl",
+        "--misa-decode misa --dsa-topk-backend flashinfer",
+        "drop --dsa-topk-backend flashinfer",
+    ),
+    (
+        "--misa-decode misa --dsa-paged-mqa-logits-backend cutedsl",
         "drop --dsa-paged-mqa-logits-backend",
     ),
 ]
@@ -175,7 +235,11 @@ def test_cpu_without_the_engine(parse, monkeypatch):
 
 EVALUATIONS = [
     ("hiza", "", "set it to hisa, random-heads, heaviest-heads"),
-    ("hisa", "--cuda-graph-backend-decode full", "add --disable-cuda-graph"),
+    (
+        "hisa",
+        "--misa-decode misa --cuda-graph-backend-decode full",
+        "add --disable-cuda-graph",
+    ),
     ("hisa", "--cuda-graph-backend-prefill breakable", "add --disable-cuda-graph"),
     ("random-heads", "--misa-rerank-candidates 512", "drop --misa-rerank-candidates"),
     ("heaviest-heads", "--misa-min-context 512", "--misa-min-context"),
@@ -189,6 +253,8 @@ def test_evaluation(parse, name, flags, remedy, monkeypatch):
     assert f"{EVAL_SELECTION}" in message and remedy in message
     monkeypatch.setenv(EVAL_SELECTION, "heaviest-heads")
     parse("--misa-active-heads 4")
+    # In decode SGLang's own indexer selects.
+    parse("--cuda-graph-backend-decode full")
     if name in SELECTIONS:
         # Without an evaluation the same flags do.
         monkeypatch.setenv(EVAL_SELECTION, "")
@@ -357,7 +423,7 @@ def test_copies(parse, monkeypatch):
     for copied in (
         copy.copy(args),
         copy.deepcopy(args),
-        dataclasses.replace(args, misa_block_size=128),
+        dataclasses.replace(args, misa_router="pooled", misa_block_size=128),
     ):
         assert type(copied) is type(args) and isinstance(copied, ServerArgs)
         assert module.misa_config(copied).active_heads == 4
@@ -423,10 +489,12 @@ def test_help_lists_the_arguments():
     result = run(sys.executable, "-m", "sglang.launch_server", "--help")
     for flag in (
         "--enable-misa",
+        "--misa-router",
         "--misa-active-heads",
         "--misa-block-size",
         "--misa-rerank-candidates",
         "--misa-min-context",
+        "--misa-decode",
     ):
         assert flag in result.stdout
 
@@ -436,7 +504,7 @@ import sglang
 
 if __name__ == "__main__":
     engine = sglang.Engine(
-        model_path={model!r}, enable_misa=True, misa_active_heads=4, device="cpu", attention_backend="dsa",
+        model_path={model!r}, enable_misa=True, misa_active_heads=4, misa_router="pooled", device="cpu", attention_backend="dsa",
         dsa_topk_backend="torch", dsa_prefill_backend="flashmla_sparse", dsa_decode_backend="flashmla_sparse",
         kv_cache_dtype="bfloat16", max_total_tokens=4096, mem_fraction_static=0.3, grammar_backend="none",
         disable_cuda_graph=True, sampling_backend="pytorch", log_level="info",

@@ -17,7 +17,18 @@ PROMPTS = (100, 3000, 32000)
 FAMILIES = ["deepseek_v32", "glm_moe_dsa"]
 CONFIGS = {
     "single": MisaConfig(),
-    "hierarchical": MisaConfig(rerank_candidates=8192),
+    "hierarchical": MisaConfig(rerank_candidates=4096, decode="misa"),
+    "min-context": MisaConfig(min_context=20000, decode="misa"),
+    "pooled": MisaConfig("pooled", block_size=1024, decode="misa"),
+    "pooled, hierarchical": MisaConfig(
+        "pooled", block_size=1024, rerank_candidates=8192, decode="misa"
+    ),
+}
+# What SGLang's own indexer selects is recorded as positions only.
+POSITIONS = {"SGLANG_DSA_FUSE_TOPK": "false"}
+GRAPHS = {
+    "sampled": MisaConfig(decode="misa"),
+    "pooled": CONFIGS["pooled"],
 }
 
 
@@ -25,7 +36,7 @@ def some_rows(record, count=96):
     """Every name in a record, with a spread of its rows: the definition routes one row at a time."""
     rows = len(record["q"])
     chosen = torch.linspace(0, rows - 1, min(rows, count)).long()
-    names = ("q", "weights", "lengths", "heads", "positions")
+    names = "q", "weights", "lengths", "heads", "shared_q", "shared_scale", "positions"
     return {
         name: value[chosen] if name in names and value is not None else value
         for name, value in record.items()
@@ -41,6 +52,7 @@ def test_selects_as_defined(family, variant, tiny_model, tmp_path):
         tmp_path,
         *misa_args(config),
         "--disable-cuda-graph",
+        env=POSITIONS,
     ) as server:
         for count in PROMPTS:
             cold = server.generate(tokens(count), 70)
@@ -75,13 +87,14 @@ def overlap(one, other):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decode_in_cuda_graphs(family, tiny_model, tmp_path):
+@pytest.mark.parametrize("config", GRAPHS.values(), ids=GRAPHS.keys())
+def test_decode_in_cuda_graphs(config, family, tiny_model, tmp_path):
     model, prompt, outputs = tiny_model(family, LAYERS, TOPK), tokens(2300), {}
-    for name, env in (("slots", {}), ("positions", {"SGLANG_DSA_FUSE_TOPK": "false"})):
+    for name, env in (("slots", {}), ("positions", POSITIONS)):
         with serve(
             model,
             tmp_path / name,
-            *misa_args(MisaConfig()),
+            *misa_args(config),
             # The recorder sees eager calls only: prefill here, while decode runs in full graphs.
             *("--cuda-graph-backend-prefill", "disabled"),
             "--enable-return-indexer-topk",
@@ -95,7 +108,7 @@ def test_decode_in_cuda_graphs(family, tiny_model, tmp_path):
             server.forget()
             hit = server.generate(whole, 1)
             assert hit["meta_info"]["cached_tokens"] == 2432
-            check_all(server, MisaConfig())
+            check_all(server, config)
             if name == "slots":
                 continue
             # The embeddings are those of a cold prefill, and so are, up to rounding, the first layer's selections.

@@ -39,7 +39,7 @@ class Sequences:
     def route(self, active_heads):
         return torch_operations.route_sampled(*self.query, *self.cache, active_heads)
 
-    def select(self, active_heads, topk, rerank_candidates=0, taken=0, **forced):
+    def select(self, active_heads, topk, rerank_candidates=0, **forced):
         """The operations in the order in which the indexer calls them."""
         heads, shared_q, shared_scale = self.route(active_heads)
         shared = {"shared_q": shared_q, "shared_scale": shared_scale}
@@ -47,10 +47,10 @@ class Sequences:
         if not rerank_candidates:
             return torch_operations.topk_prefill(*scored, topk, **shared, **forced)
         candidates = torch_operations.topk_prefill(
-            *scored, rerank_candidates, taken=taken, **shared, **forced
+            *scored, rerank_candidates, **shared, **forced
         )
         return torch_operations.rerank(
-            *self.query, candidates, *self.cache, topk, taken=taken, **forced
+            *self.query, candidates, *self.cache, topk, **forced
         )
 
     def expected(self, *args, **options):
@@ -77,9 +77,7 @@ OPTIONS = [
     {"active_heads": 5},
     {"active_heads": HEADS - 1},
     {"active_heads": 5, "rerank_candidates": 256},
-    {"active_heads": 5, "rerank_candidates": 256, "taken": 64},
-    {"active_heads": 5, "rerank_candidates": 256, "taken": TOPK},
-    {"active_heads": 1, "rerank_candidates": 256, "taken": 1, "local_tokens": 70},
+    {"active_heads": 1, "rerank_candidates": 256, "local_tokens": 70},
     {"active_heads": 5, "init_tokens": 3, "local_tokens": 64},
 ]
 
@@ -108,44 +106,26 @@ def test_decode_is_prefill(rows_per_seq):
     sequences = [make_inputs("random", rows_per_seq, HEADS, n) for n in (300, 64, 700)]
     rows = Sequences(*sequences)
     heads, shared_q, shared_scale = rows.route(5)
-    options = {"shared_q": shared_q, "shared_scale": shared_scale, "taken": 64}
-    decoded = torch_operations.topk_decode(
-        *rows.query,
-        heads,
-        *(rows.index_k, rows.page_table),
-        *(rows_per_seq, rows.lengths, TOPK),
-        **options,
-    )
+    shared = {"shared_q": shared_q, "shared_scale": shared_scale}
+    cache = rows.index_k, rows.page_table, rows_per_seq, rows.lengths
+    decoded = torch_operations.topk_decode(*rows.query, heads, *cache, TOPK, **shared)
+    assert torch.equal(decoded, rows.expected(TOPK, active_heads=5))
     filled = torch_operations.topk_prefill(
-        *rows.query, heads, *rows.cache, TOPK, **options
+        *rows.query, heads, *rows.cache, TOPK, **shared
     )
     assert torch.equal(decoded, filled)
-    del options["taken"]
-    together = torch_operations.topk_prefill(
-        *rows.query, heads, *rows.cache, TOPK, **options
+    *routed, selected = torch_operations.route_sampled_topk_decode(
+        *rows.query, *cache, 5, TOPK
     )
-    assert torch.equal(together, rows.expected(TOPK, active_heads=5))
-
-
-def test_taken_columns_are_the_best_and_come_first():
-    rows = batch()
-    heads, *shared = rows.route(5)
-    names = dict(zip(("shared_q", "shared_scale"), shared))
-    scored = *rows.query, heads, *rows.cache
-    whole = torch_operations.topk_prefill(*scored, 256, **names)
-    best = torch_operations.topk_prefill(*scored, 64, **names)
-    parts = torch_operations.topk_prefill(*scored, 256, taken=64, **names)
-    assert torch.equal(parts[:, :64], best)
-    for part, all_of in zip(parts.tolist(), whole.tolist()):
-        rest = [position for position in part[64:] if position >= 0]
-        assert rest == sorted(rest) and part[64:][len(rest) :] == [-1] * (
-            192 - len(rest)
+    for given, wanted in zip(routed, (heads, shared_q, shared_scale), strict=True):
+        assert given.dtype == wanted.dtype and torch.equal(
+            given.float(), wanted.float()
         )
-        assert sorted(part) == sorted(all_of)
+    assert torch.equal(selected, decoded)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[4]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[3]], ids=str)
 def test_scores_that_are_no_numbers(bad, options):
     """As many positions as ever, each once."""
     rows = batch()
@@ -213,14 +193,6 @@ def test_what_does_not_go_together_is_refused():
         select(*scored, TOPK, shared_scale=shared_scale)
     with pytest.raises(ValueError, match="all heads"):
         select(*rows.query, None, *rows.cache, TOPK, **both)
-    for taken in (-1, TOPK + 1):
-        with pytest.raises(ValueError, match=f"taken={taken} is not from 0 to"):
-            select(*scored, TOPK, taken=taken, **both)
-        with pytest.raises(ValueError, match=f"taken={taken} is not from 0 to"):
-            candidates = select(*scored, 256, **both)
-            torch_operations.rerank(
-                *rows.query, candidates, *rows.cache, TOPK, taken=taken
-            )
     for active_heads in (0, HEADS):
         with pytest.raises(ValueError, match=f"active_heads={active_heads}"):
             rows.route(active_heads)

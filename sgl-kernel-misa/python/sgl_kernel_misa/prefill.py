@@ -166,8 +166,7 @@ def topk_prefill(
             tile_rows=tile_rows,
             topk=topk,
             sample_shift=shift,
-            # A quarter of what fits on the chip may tie with a threshold before it is taken for a plateau.
-            many=capacity // 4 >> shift,
+            room=capacity >> shift,
             # More candidates than fit are costly, too many above the high threshold are not while they fit.
             deviations=3 if topk + topk // 4 <= capacity else 5,
             rows=rows,

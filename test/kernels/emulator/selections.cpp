@@ -35,6 +35,7 @@ enum Kind {
   TAILS,
   RARE,
   STEPS,
+  RUNS,
   SOME_NAN,
   MOSTLY_NAN,
   ALL_NAN,
@@ -62,6 +63,7 @@ float score_of(int kind, int i, int length) {
     case SPIKE: return i == length / 2 ? 1e30f : x * 1e-20f;
     case TAILS: return x * x * x * 1e3f;
     case RARE: return std::max(x - 1.4f, 0.f);                                     // 92% are 0
+    case RUNS: return (float)(i / 1024 * 2654435761u >> 8);  // runs of 1024 equal scores
     case STEPS: return i % 1000 < 100 ? 2.f : i % 1000 < 500 ? -0.5f : x * 1e-3f;  // two plateaus, and scores between
     case SOME_NAN: return rng() % 100 == 0 ? any_nan() : x;
     case MOSTLY_NAN: return rng() % 100 == 0 ? x : any_nan();
@@ -180,7 +182,7 @@ bool prefill_select() {
   alignas(16) int bins[misa::kBins], scratch[64];
   float threshold[3];
   emulator::run(1, kThreads, [&](int) {
-    misa::thresholds<kThreads>(samples.data(), length, k, shift, deviations, 768 >> shift, bins, scratch, threshold);
+    misa::thresholds<kThreads>(samples.data(), length, k, shift, deviations, 3072 >> shift, bins, scratch, threshold);
   });
   if (misled == 1) threshold[0] = threshold[1] = threshold[2] = -1e30f;
   if (misled == 2) threshold[0] = threshold[1] = threshold[2] = 1e31f;
@@ -229,7 +231,7 @@ bool prefill_select() {
   });
   // Nothing but time is lost without a bracket, but well-behaved scores have a narrow one, and so have plateaus.
   const bool bracketed = row.kind == NORMAL || row.kind == RARE || row.kind == ZEROS || row.kind == EQUAL ||
-                         row.kind == MOSTLY_ZERO || row.kind == RELU;
+                         row.kind == MOSTLY_ZERO || row.kind == RELU || row.kind == RUNS;
   if (bracketed && misled > 2 && info[2] == 0 && (info[3] == 0 || info[0] > 3072)) {
     std::printf("thresholds: kind %d, length %d, k %d: %d candidates, case %d\n", row.kind, length, k, info[0],
                 info[3]);

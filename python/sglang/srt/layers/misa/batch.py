@@ -51,6 +51,16 @@ class Batch:
         )
 
 
+def rows_below(metadata: DSAIndexerMetadata, length: int) -> int:
+    """How many rows of an extend batch see fewer tokens than `length`, from what the host knows."""
+    rows = metadata.get_dsa_extend_len_cpu()
+    seq_lens = metadata.get_indexer_seq_len_cpu().tolist()
+    return sum(
+        min(count, max(0, length - 1 - (seq_len - count)))
+        for seq_len, count in zip(seq_lens, rows)
+    )
+
+
 def extend_batch(metadata: DSAIndexerMetadata) -> Batch:
     """The rows of an extend batch."""
     rows = metadata.get_dsa_extend_len_cpu()

@@ -6,7 +6,7 @@ Every hook leaves SGLang as it is when MISA is off.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 import torch
@@ -16,10 +16,11 @@ from sglang.srt.layers.misa.batch import (
     attention_output,
     decode_batch,
     extend_batch,
+    rows_below,
 )
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
-from sglang.srt.layers.misa.metrics import export
+from sglang.srt.layers.misa.metrics import ROWS, export
 from sglang.srt.layers.misa.patching import check_engaged, check_objects
 from sglang.srt.layers.misa.pooled_keys import BYTES_PER_TOKEN, PooledKeys
 from sglang.srt.layers.misa.server_args import misa_config
@@ -29,6 +30,7 @@ from sglang.srt.runtime_context import get_server_args
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
     from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata
+    from sglang.srt.managers.io_struct import GetInternalStateReqOutput
     from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -40,7 +42,20 @@ def active_config() -> Optional[MisaConfig]:
     return misa_config(get_server_args())
 
 
+def _pools_keys() -> bool:
+    config = active_config()
+    return config is not None and config.pools_keys
+
+
 # Selection
+
+
+def misa_selects(config: MisaConfig, batch: Batch) -> bool:
+    """Whether MISA selects for the rows of a batch, or SGLang's own indexer does, with all heads."""
+    if batch.bounds is not None:
+        return batch.bounds[1] >= config.min_context
+    # One row a sequence. More rows, of a speculative verify, share what reading the keys costs.
+    return config.decode == "misa"
 
 
 @dataclass(frozen=True)
@@ -67,8 +82,10 @@ class Call:
         }
 
     @property
-    def pooled_keys(self) -> torch.Tensor:
-        """The layer's page means."""
+    def pooled_keys(self) -> Optional[torch.Tensor]:
+        """The layer's page means; None where there are none."""
+        if not _pools_keys():
+            return None
         pool = get_token_to_kv_pool()
         return pool.misa_pooled_keys.layers[self.layer_id - pool.start_layer]
 
@@ -95,29 +112,29 @@ def select_ragged(
     topk_result=None,
 ) -> torch.Tensor:
     """Around `Indexer._get_topk_ragged` (extend)."""
+    args = enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata
     if (config := active_config()) is None:
-        return original(
-            indexer,
-            enable_dual_stream,
-            forward_batch,
-            layer_id,
-            q_fp8,
-            weights,
-            metadata,
-            topk_result,
-        )
+        return original(indexer, *args, topk_result)
+    batch = extend_batch(metadata)
+    if not misa_selects(config, batch):
+        ROWS.add("dsa", len(batch.lengths))
+        return original(indexer, *args, topk_result)
     call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-    return _selected(call, config, extend_batch(metadata), topk_result)
+    return _selected(call, config, batch, topk_result)
 
 
 def select_paged(
     original, indexer, forward_batch, layer_id, q_fp8, weights, metadata
 ) -> torch.Tensor:
     """Around `Indexer._get_topk_paged` (decode)."""
+    args = indexer, forward_batch, layer_id, q_fp8, weights, metadata
     if (config := active_config()) is None:
-        return original(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-    call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-    return _selected(call, config, decode_batch(metadata))
+        return original(*args)
+    batch = decode_batch(metadata)
+    if not misa_selects(config, batch):
+        return original(*args)
+    call = Call(*args)
+    return _selected(call, config, batch)
 
 
 def _selected(
@@ -132,13 +149,27 @@ def _selected(
     if rows:
         output, offsets = attention_output(call.metadata)
         offsets = None if offsets is None else offsets[:rows]
-        indices = select(call, config, batch, output, offsets).indices
+        selection = select(call, config, batch, output, offsets)
+        indices = selection.indices
+        if batch.bounds is not None:
+            _count(call, config, selection)
     if out is None:
         if rows == len(call.q):
             return indices
         out = indices.new_full((len(call.q), call.topk), -1)
     out[:rows] = indices
     return out
+
+
+def _count(call: Call, config: MisaConfig, selection: Selection) -> None:
+    """Count the rows of an extend batch, on the host."""
+    rows = by_all = len(selection.indices)
+    if selection.heads is not None:
+        by_all = 0
+        if selection.dense is not None:
+            by_all = rows_below(call.metadata, config.min_context)
+    ROWS.add("all_heads", by_all)
+    ROWS.add("misa", rows - by_all)
 
 
 def select(
@@ -159,19 +190,19 @@ def select(
 
 def create_pooled_keys(_, pool: DSATokenToKVPool) -> None:
     """After `DSATokenToKVPool._create_index_buffers`."""
-    if active_config() is not None:
+    if _pools_keys():
         pool.misa_pooled_keys = PooledKeys(pool.index_k_with_scale_buffer)
 
 
 def clear_pooled_keys(_, pool: DSATokenToKVPool) -> None:
     """After `DSATokenToKVPool._clear_buffers`."""
-    if active_config() is not None:
+    if _pools_keys():
         del pool.misa_pooled_keys
 
 
 def add_pooled_keys_size(num_bytes: int, pool: DSATokenToKVPool) -> Optional[int]:
     """After `DSATokenToKVPool.get_kv_size_bytes`."""
-    if active_config() is None:
+    if not _pools_keys():
         return None
     return num_bytes + pool.misa_pooled_keys.nbytes
 
@@ -180,7 +211,7 @@ def add_pooled_keys_cell_size(
     bytes_per_token: int, configurator, kvc, num_layers: int
 ) -> Optional[int]:
     """After `DefaultPoolConfigurator._compute_cell_size`, which counts all layers."""
-    if active_config() is None:
+    if not _pools_keys():
         return None
     return bytes_per_token + BYTES_PER_TOKEN * num_layers
 
@@ -209,7 +240,7 @@ def update_after_fused_store(
 def _update_pooled_keys(
     forward_batch: ForwardBatch, layer_id: int, slots: Optional[torch.Tensor]
 ) -> None:
-    if active_config() is None:
+    if not _pools_keys():
         return
     pool = get_token_to_kv_pool()
     pool.misa_pooled_keys.update(
@@ -233,15 +264,22 @@ def report(info: Dict[str, Any], scheduler: Any) -> Optional[Dict[str, Any]]:
         return None
     check_engaged()
     runner = scheduler.tp_worker.model_runner
-    check_objects(runner.model, runner.token_to_kv_pool)
-    pooled_keys_bytes = runner.token_to_kv_pool.misa_pooled_keys.nbytes
-    announce(config, pooled_keys_bytes)
+    pool = runner.token_to_kv_pool
+    check_objects(runner.model, pool if config.pools_keys else None)
+    size = pool.misa_pooled_keys.nbytes if config.pools_keys else 0
+    announce(config, size)
     if scheduler.metrics_collector is not None:
-        export(config, pooled_keys_bytes, scheduler.metrics_collector.labels)
-    return {**info, "misa": {"pooled_keys_bytes": pooled_keys_bytes}}
+        export(config, size, scheduler.metrics_collector.labels)
+    return {**info, "misa": {**asdict(config), "pooled_keys_bytes": size}}
 
 
 def announce(config: MisaConfig, pooled_keys_bytes: int) -> None:
     """Log what selects."""
     size = pooled_keys_bytes / (1 << 30)
     logger.info("MISA is on. %s, pooled keys: %.2f GB", config, size)
+
+
+def report_rows(state: GetInternalStateReqOutput, scheduler: Any, _) -> None:
+    """After `Scheduler.get_internal_state`: add what `metrics.ROWS` counted so far."""
+    if misa_config(scheduler.server_args) is not None:
+        state.internal_state["misa_rows"] = dict(ROWS.counts)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Dict, Optional, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Dict, Optional
 
 import torch
 
@@ -18,12 +18,16 @@ class Selection:
 
     Attributes:
         indices: int32 [T, topk], ascending, -1 padded, in the form that was asked for.
-        heads: int32 [T, active_heads], ascending; None where all heads scored all rows.
+        heads: int32 [T, h], ascending, the routed heads; None where all heads scored all rows.
+        shared_q: float8_e4m3fn [T, 128], the query of the head beside those; None where there is none.
+        shared_scale: float32 [T], its scale.
         dense: bool [T], the rows that all heads scored although `heads` names some; None for none.
     """
 
     indices: torch.Tensor
     heads: Optional[torch.Tensor] = None
+    shared_q: Optional[torch.Tensor] = None
+    shared_scale: Optional[torch.Tensor] = None
     dense: Optional[torch.Tensor] = None
 
 
@@ -40,7 +44,7 @@ class MisaIndexer:
         q: torch.Tensor,
         weights: torch.Tensor,
         index_k: torch.Tensor,
-        pooled_keys: torch.Tensor,
+        pooled_keys: Optional[torch.Tensor],
         batch: Batch,
         output: str = "positions",
         offsets: Optional[torch.Tensor] = None,
@@ -54,17 +58,13 @@ class MisaIndexer:
             q: float8_e4m3fn [T, H, 128], contiguous.
             weights: float32 [T, H], contiguous.
             index_k: uint8 [num_pages, 64 * 132], the layer's index-K cache.
-            pooled_keys: bfloat16 [num_pages, 128], the layer's page means.
+            pooled_keys: bfloat16 [num_pages, 128], the layer's page means; None with the sampled router.
             output: "positions" in the sequence, "slots" of the cache, or "ragged": positions plus offsets.
             offsets: int32 [T], for "ragged".
         """
         config = self.config
         form = {"output": output, "offsets": offsets}
-        # Decode always routes. Rows that see at most topk tokens select all of them, whichever heads score.
-        least, largest = batch.bounds or (config.min_context, config.min_context)
-        some_dense = least < config.min_context and self.topk + 1 < config.min_context
-        all_dense = largest < config.min_context
-        if all_dense or config.active_heads >= q.shape[1]:
+        if config.active_heads >= q.shape[1]:
             best = self._best(
                 q=q,
                 weights=weights,
@@ -76,7 +76,7 @@ class MisaIndexer:
             )
             return Selection(best)
         if config.rerank_candidates:
-            heads, candidates = self._routed(
+            selection = self._routed(
                 q=q,
                 weights=weights,
                 index_k=index_k,
@@ -84,10 +84,10 @@ class MisaIndexer:
                 batch=batch,
                 topk=config.rerank_candidates,
             )
-            indices = operations(q.device).rerank(
+            selection.indices = operations(q.device).rerank(
                 q=q,
                 weights=weights,
-                candidates=candidates,
+                candidates=selection.indices,
                 index_k=index_k,
                 page_table=batch.page_table,
                 cu_rows=batch.cu_rows,
@@ -97,7 +97,7 @@ class MisaIndexer:
                 **self.forced,
             )
         else:
-            heads, indices = self._routed(
+            selection = self._routed(
                 q=q,
                 weights=weights,
                 index_k=index_k,
@@ -106,8 +106,10 @@ class MisaIndexer:
                 topk=self.topk,
                 **form,
             )
-        if not some_dense:
-            return Selection(indices, heads)
+        # Decode routes all rows. Those that see at most topk tokens select all of them, whichever heads score.
+        least = config.min_context if batch.bounds is None else batch.bounds[0]
+        if least >= config.min_context or config.min_context <= self.topk + 1:
+            return selection
 
         # Rows that see too few tokens are not a contiguous part of the batch. All rows are scored again, as if none saw
         # more than those do: no row is gathered, and the host need not know which they are.
@@ -121,7 +123,8 @@ class MisaIndexer:
             topk=self.topk,
             **form,
         )
-        return Selection(torch.where(dense[:, None], best, indices), heads, dense)
+        indices = torch.where(dense[:, None], best, selection.indices)
+        return replace(selection, indices=indices, dense=dense)
 
     def _routed(
         self,
@@ -129,48 +132,60 @@ class MisaIndexer:
         q: torch.Tensor,
         weights: torch.Tensor,
         index_k: torch.Tensor,
-        pooled_keys: torch.Tensor,
+        pooled_keys: Optional[torch.Tensor],
         batch: Batch,
         topk: int,
         **form,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The active heads of every row, and the `topk` tokens of highest score by them."""
+    ) -> Selection:
+        """The `topk` tokens of highest score by the heads that the router chooses."""
         ops, config = operations(q.device), self.config
         if batch.bounds is None:
-            return ops.route_topk_decode(
-                q=q,
-                weights=weights,
-                pooled_keys=pooled_keys,
-                index_k=index_k,
-                page_table=batch.page_table,
-                rows_per_seq=1,
-                lengths=batch.lengths,
-                active_heads=config.active_heads,
-                block_size=config.block_size,
-                topk=topk,
+            decode = {
+                "q": q,
+                "weights": weights,
+                "index_k": index_k,
+                "page_table": batch.page_table,
+                "rows_per_seq": 1,
+                "lengths": batch.lengths,
+                "active_heads": config.active_heads,
+                "topk": topk,
                 **form,
                 **self.forced,
+            }
+            if not config.pools_keys:
+                *routed, indices = ops.route_sampled_topk_decode(**decode)
+                return Selection(indices, *routed)
+            heads, indices = ops.route_topk_decode(
+                pooled_keys=pooled_keys, block_size=config.block_size, **decode
             )
-        heads = ops.route(
-            q=q,
-            weights=weights,
-            pooled_keys=pooled_keys,
-            page_table=batch.page_table,
-            cu_rows=batch.cu_rows,
-            lengths=batch.lengths,
-            active_heads=config.active_heads,
-            block_size=config.block_size,
-        )
+            return Selection(indices, heads)
+        rows = {
+            "q": q,
+            "weights": weights,
+            "page_table": batch.page_table,
+            "cu_rows": batch.cu_rows,
+            "lengths": batch.lengths,
+            "active_heads": config.active_heads,
+        }
+        shared_q, shared_scale = None, None
+        if config.pools_keys:
+            heads = ops.route(
+                pooled_keys=pooled_keys, block_size=config.block_size, **rows
+            )
+        else:
+            heads, shared_q, shared_scale = ops.route_sampled(index_k=index_k, **rows)
         best = self._best(
             q=q,
             weights=weights,
             heads=heads,
+            shared_q=shared_q,
+            shared_scale=shared_scale,
             index_k=index_k,
             batch=batch,
             topk=topk,
             **form,
         )
-        return heads, best
+        return Selection(best, heads, shared_q, shared_scale)
 
     def _best(
         self,
@@ -183,7 +198,7 @@ class MisaIndexer:
         topk: int,
         **form,
     ) -> torch.Tensor:
-        """The `topk` tokens of highest score by `heads`, or by all heads where that is None."""
+        """The `topk` tokens of highest score by `heads`, and the shared one if `form` has it; by all heads where that is None."""
         ops = operations(q.device)
         if batch.bounds is None:
             return ops.topk_decode(

@@ -1,36 +1,89 @@
 """Prometheus metrics of MISA, exported with SGLang's own by --enable-metrics."""
 
-from typing import Dict
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Dict
 
 from sglang.srt.layers.misa.config import MisaConfig
 
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+
+
+class RowCounts:
+    """Rows of prompts by what scored them, in all layers of this process, counted on the host.
+
+    Attributes:
+        counts: rows that MISA routed ("misa"), that all heads scored in a batch of MISA's ("all_heads"), and of batches that
+            were left to SGLang's own indexer ("dsa"). What a CUDA graph replays, decode that is, passes no Python and is not
+            counted: all of it goes where --misa-decode says.
+    """
+
+    def __init__(self) -> None:
+        self.counts = {"misa": 0, "all_heads": 0, "dsa": 0}
+        self._exported: Dict[str, Counter] = {}
+
+    def add(self, path: str, rows: int) -> None:
+        self.counts[path] += rows
+        if self._exported and rows:
+            self._exported[path].inc(rows)
+
+    def export(self, labels: Dict[str, str]) -> None:
+        """From now on count in a Prometheus counter too."""
+        from prometheus_client import Counter
+
+        counter = Counter(
+            name="sglang:misa_rows_total",
+            documentation="Rows of prompts in all layers, by what scored them: the routed heads, all heads, or SGLang's own indexer.",
+            labelnames=[*labels, "path"],
+        )
+        self._exported = {
+            path: counter.labels(**labels, path=path) for path in self.counts
+        }
+
+
+ROWS = RowCounts()
+
 
 def export(config: MisaConfig, pooled_keys_bytes: int, labels: Dict[str, str]) -> None:
-    """Set the gauges that describe a scheduler's MISA, with the labels of the scheduler's other metrics."""
+    """Set the gauges that describe a scheduler's MISA, with the labels of the scheduler's other metrics, and export `ROWS`."""
     # As in SGLang: importable only once PROMETHEUS_MULTIPROC_DIR is set.
     from prometheus_client import Gauge
 
-    for name, documentation, value in (
-        (
-            "active_heads",
-            "The number of indexer heads that score the tokens of a query.",
-            config.active_heads,
-        ),
-        (
-            "block_size",
-            "The number of tokens in a pooled block.",
-            config.block_size,
-        ),
-        (
-            "rerank_candidates",
-            "The number of tokens that are scored again with all heads.",
-            config.rerank_candidates,
-        ),
-        ("pooled_keys_bytes", "The size of the pooled keys.", pooled_keys_bytes),
-    ):
+    def gauge(name: str, documentation: str, value: int, **more: str) -> None:
+        own = {**labels, **more}
         Gauge(
             name=f"sglang:misa_{name}",
             documentation=documentation,
-            labelnames=labels.keys(),
+            labelnames=own.keys(),
             multiprocess_mode="mostrecent",
-        ).labels(**labels).set(value)
+        ).labels(**own).set(value)
+
+    gauge(
+        "info",
+        "1, with the router, and with what selects in decode.",
+        1,
+        router=config.router,
+        decode=config.decode,
+    )
+    gauge(
+        "active_heads",
+        "The number of heads that score the tokens of a query.",
+        config.active_heads,
+    )
+    if config.block_size is not None:
+        gauge(
+            "block_size", "The number of tokens in a pooled block.", config.block_size
+        )
+    gauge(
+        "rerank_candidates",
+        "The number of tokens that are scored again with all heads.",
+        config.rerank_candidates,
+    )
+    gauge(
+        "min_context",
+        "The number of tokens from which on a prompt's tokens are routed.",
+        config.min_context,
+    )
+    gauge("pooled_keys_bytes", "The size of the pooled keys.", pooled_keys_bytes)
+    ROWS.export(labels)

@@ -97,4 +97,11 @@ PATCHES = (
         "checks the objects that the scheduler built",
         "a plugin that fails ends the server that needs it, and can add to its information",
     ),
+    Patch(
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        HookType.AFTER,
+        hooks.report_rows,
+        "adds the counts of rows to the server's information",
+        "a plugin can add to a server's information",
+    ),
 )

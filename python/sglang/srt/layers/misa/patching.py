@@ -106,18 +106,22 @@ def check_engaged() -> None:
         )
 
 
-def check_objects(model: torch.nn.Module, pool: Any) -> None:
-    """Check that the hooks run in a model's indexers and its KV pool, whatever classes they are of.
+def check_objects(model: torch.nn.Module, pool: Optional[Any]) -> None:
+    """Check that the hooks run in a model's indexers, and in its KV pool if that is to have pooled keys, whatever their classes.
 
     Raises:
         RuntimeError: a class between the object and the hooked one has a method of its own.
     """
     indexers = [module for module in model.modules() if isinstance(module, Indexer)]
-    if not indexers or not hasattr(pool, "misa_pooled_keys"):
+    if not indexers:
         raise RuntimeError(
-            f"--enable-misa: {type(model).__name__} with a {type(pool).__name__} has no DSA indexer to route."
+            f"--enable-misa: {type(model).__name__} has no DSA indexer to route."
         )
-    for instance in (pool, *indexers):
+    if pool is not None and not hasattr(pool, "misa_pooled_keys"):
+        raise RuntimeError(
+            f"--enable-misa: a {type(pool).__name__} has no room for pooled keys."
+        )
+    for instance in indexers if pool is None else (pool, *indexers):
         for patch in _registered:
             owner, name = patch.owner()
             if not isinstance(owner, type) or not isinstance(instance, owner):

@@ -6,14 +6,19 @@ import argparse
 import functools
 import os
 from dataclasses import dataclass, fields
-from typing import Any, Callable, ClassVar, NamedTuple, Optional
+from typing import Any, Callable, ClassVar, Literal, NamedTuple, Optional, get_args
 
 import torch
 
 from sglang.srt.arg_groups.arg_utils import NS, A, add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import process
-from sglang.srt.layers.misa.config import MAX_CONTEXT, MisaConfig
+from sglang.srt.layers.misa.config import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_MIN_CONTEXT,
+    MAX_CONTEXT,
+    MisaConfig,
+)
 from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
 from sglang.srt.layers.misa.operations import kernels_problem, operations
@@ -24,6 +29,9 @@ from sglang.srt.utils import is_cpu, is_hip
 
 # What `with_misa` puts behind MisaArguments has all the other arguments: to a type checker it may be anything.
 _Behind: Any = object
+
+ROUTERS = Literal["sampled", "pooled"]
+DECODES = Literal["dsa", "misa"]
 
 
 @dataclass
@@ -42,26 +50,36 @@ class MisaArguments(_Behind):
         "Enable MISA: route every query of the DSA indexer to a few of its heads and score the tokens with those only.",
         NS("exec.kernel"),
     ] = False
+    misa_router: A[
+        ROUTERS,
+        "What chooses the heads of a query: 'sampled' looks at 128 to 256 keys of its prefix, and gives all heads that it does not choose a shared one beside those that it does; 'pooled' is the paper's, looks at the mean keys of blocks, and keeps those of pages beside the KV cache.",
+        NS("exec.kernel"),
+    ] = "sampled"
     misa_active_heads: A[
         int,
-        "Number of indexer heads that score the tokens of a query. All heads of the model's indexer give DSA's own selection.",
+        "Number of heads that score the tokens of a query; with the sampled router the shared head is one of them, and 1 means that one alone. All heads of the model's indexer give DSA's own selection.",
         NS("exec.kernel"),
     ] = 8
     misa_block_size: A[
-        int,
-        f"Tokens in a block of pooled keys that the router looks at. A multiple of 64 up to {MAX_CONTEXT}.",
+        Optional[int],
+        f"Tokens in a block of pooled keys, with --misa-router pooled only. A multiple of 64 up to {MAX_CONTEXT}; {DEFAULT_BLOCK_SIZE} by default.",
         NS("exec.kernel"),
-    ] = 1024
+    ] = None
     misa_rerank_candidates: A[
         int,
-        f"Hierarchical MISA: keep this many tokens by the routed heads and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most {MAX_CONTEXT}, and on a GPU a multiple of 64 up to 16384.",
+        f"Hierarchical MISA: keep this many tokens by the heads that are chosen and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most {MAX_CONTEXT}, and on a GPU a multiple of 64 up to 16384.",
         NS("exec.kernel"),
     ] = 0
     misa_min_context: A[
-        int,
-        "Score prompt tokens that see fewer tokens than this with all heads. Applies to prefill only: in decode, lengths are not known to the host.",
+        Optional[int],
+        f"Score prompt tokens that see fewer tokens than this with all heads, by SGLang's own indexer where no token of a batch sees as many; {DEFAULT_MIN_CONTEXT} by default. Applies to prefill only: in decode, lengths are not known to the host.",
         NS("exec.kernel"),
-    ] = 0
+    ] = None
+    misa_decode: A[
+        DECODES,
+        "What selects in decode: 'dsa' is SGLang's own indexer, with all heads, for reading the keys is the cost there, and fewer heads save none of it; 'misa' routes as prefill does.",
+        NS("exec.kernel"),
+    ] = "dsa"
 
     def __post_init__(self):
         super().__post_init__()
@@ -138,14 +156,23 @@ def _eval_selection() -> Optional[str]:
 
 
 def misa_config(server_args: ServerArgs) -> Optional[MisaConfig]:
-    """The configuration of a server, or None where MISA is off."""
+    """The configuration of a server with all defaults filled in, or None where MISA is off."""
     if not isinstance(server_args, MisaArguments) or not server_args.enable_misa:
         return None
+    block_size = server_args.misa_block_size
+    if server_args.misa_router == "pooled" and block_size is None:
+        block_size = DEFAULT_BLOCK_SIZE
+    min_context = server_args.misa_min_context
+    if min_context is None:
+        # What is evaluated is to select for short prompts too.
+        min_context = DEFAULT_MIN_CONTEXT if _eval_selection() is None else 0
     return MisaConfig(
+        router=server_args.misa_router,
         active_heads=server_args.misa_active_heads,
-        block_size=server_args.misa_block_size,
+        block_size=block_size,
         rerank_candidates=server_args.misa_rerank_candidates,
-        min_context=server_args.misa_min_context,
+        min_context=min_context,
+        decode=server_args.misa_decode,
     )
 
 
@@ -179,15 +206,15 @@ REFUSALS = (
     ),
     Refusal(
         lambda args: args.disaggregation_mode != "null",
-        "--enable-misa does not support PD disaggregation: pooled keys are not transferred; drop --disaggregation-mode.",
+        "--enable-misa does not support PD disaggregation yet; drop --disaggregation-mode.",
     ),
     Refusal(
         lambda args: args.enable_hierarchical_cache,
-        "--enable-misa does not support HiCache: pooled keys are not offloaded; drop --enable-hierarchical-cache.",
+        "--enable-misa does not support HiCache yet; drop --enable-hierarchical-cache.",
     ),
     Refusal(
         lambda args: args.enable_lmcache or args.enable_flexkv,
-        "--enable-misa does not support external KV caches: pooled keys are not offloaded; drop --enable-lmcache and --enable-flexkv.",
+        "--enable-misa does not support external KV caches yet; drop --enable-lmcache and --enable-flexkv.",
     ),
     Refusal(
         lambda args: args.enable_hisparse,
@@ -213,20 +240,23 @@ REFUSALS = (
         lambda args: args.cuda_graph_config.prefill.backend == Backend.FULL,
         "--enable-misa takes the lengths of prompts from the host; drop --cuda-graph-backend-prefill full.",
     ),
+    # These two choose how SGLang's own indexer decodes. Where it does, they do what they say.
     Refusal(
-        lambda args: args.dsa_topk_backend == "flashinfer",
-        "--enable-misa has a top-k of its own, with its own tie-break; drop --dsa-topk-backend flashinfer.",
+        lambda args: args.misa_decode == "misa"
+        and args.dsa_topk_backend == "flashinfer",
+        "--enable-misa with --misa-decode misa has a top-k of its own, with its own tie-break; drop --dsa-topk-backend flashinfer.",
     ),
     Refusal(
-        lambda args: args.dsa_paged_mqa_logits_backend not in ("auto", "deepgemm"),
-        "--enable-misa does its own scoring; drop --dsa-paged-mqa-logits-backend.",
+        lambda args: args.misa_decode == "misa"
+        and args.dsa_paged_mqa_logits_backend not in ("auto", "deepgemm"),
+        "--enable-misa with --misa-decode misa does its own scoring; drop --dsa-paged-mqa-logits-backend.",
     ),
     Refusal(
         lambda args: (_eval_selection() or "hisa") not in SELECTIONS,
         f"--enable-misa knows no such {EVAL_SELECTION}; set it to {', '.join(SELECTIONS)} or unset it.",
     ),
     Refusal(
-        lambda args: _eval_selection() is not None and _has_cuda_graphs(args),
+        lambda args: _eval_selection() is not None and _selects_in_cuda_graphs(args),
         f"--enable-misa with {EVAL_SELECTION} waits for the device; add --disable-cuda-graph.",
     ),
     Refusal(
@@ -237,9 +267,11 @@ REFUSALS = (
 )
 
 
-def _has_cuda_graphs(args: MisaArguments) -> bool:
-    graphs = args.cuda_graph_config
-    return any(x.backend != Backend.DISABLED for x in (graphs.decode, graphs.prefill))
+def _selects_in_cuda_graphs(args: MisaArguments) -> bool:
+    graphs = [args.cuda_graph_config.prefill]
+    if args.misa_decode == "misa":
+        graphs.append(args.cuda_graph_config.decode)
+    return any(graph.backend != Backend.DISABLED for graph in graphs)
 
 
 def check_misa_server_args(args: MisaArguments) -> None:
@@ -283,20 +315,19 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
             f"--enable-misa needs a model that selects at least {PAGE_SIZE} tokens, not index_topk={topk}; "
             "drop --enable-misa."
         )
+    # The command line knows its choices; a program may hand over anything.
+    for name, choices in (("router", ROUTERS), ("decode", DECODES)):
+        value = getattr(args, f"misa_{name}")
+        if value not in get_args(choices):
+            raise ValueError(
+                f"--misa-{name} {value} is not {' or '.join(get_args(choices))}; drop --misa-{name}."
+            )
     if not 1 <= args.misa_active_heads <= num_heads:
         raise ValueError(
             f"--misa-active-heads {args.misa_active_heads} is not between 1 and {num_heads}, the indexer heads of "
             f"{args.model_path}; {num_heads} means exactly DSA."
         )
-    if args.misa_block_size < PAGE_SIZE or args.misa_block_size % PAGE_SIZE:
-        raise ValueError(
-            f"--misa-block-size {args.misa_block_size} is not a positive multiple of {PAGE_SIZE}; the default is 1024."
-        )
-    if args.misa_block_size > MAX_CONTEXT:
-        raise ValueError(
-            f"--misa-block-size {args.misa_block_size} is longer than any sequence; use at most {MAX_CONTEXT}, which "
-            "makes one block of every prefix."
-        )
+    _check_block_size(args)
     if args.misa_rerank_candidates and args.misa_rerank_candidates < topk:
         raise ValueError(
             f"--misa-rerank-candidates {args.misa_rerank_candidates} is less than the {topk} tokens that "
@@ -307,9 +338,30 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
             f"--misa-rerank-candidates {args.misa_rerank_candidates} is more than any sequence has; use at most "
             f"{MAX_CONTEXT}, or 0 for a single stage."
         )
-    if args.misa_min_context < 0:
+    if args.misa_min_context is not None and args.misa_min_context < 0:
         raise ValueError(
             f"--misa-min-context {args.misa_min_context} is negative; use 0 to route every prompt token."
+        )
+
+
+def _check_block_size(args: MisaArguments) -> None:
+    block_size = args.misa_block_size
+    if block_size is None:
+        return
+    if args.misa_router != "pooled":
+        raise ValueError(
+            f"--misa-block-size {block_size} is for the pooled router, and the {args.misa_router} one has no blocks; drop "
+            "--misa-block-size or add --misa-router pooled."
+        )
+    if block_size < PAGE_SIZE or block_size % PAGE_SIZE:
+        raise ValueError(
+            f"--misa-block-size {block_size} is not a positive multiple of {PAGE_SIZE}; the default is "
+            f"{DEFAULT_BLOCK_SIZE}."
+        )
+    if block_size > MAX_CONTEXT:
+        raise ValueError(
+            f"--misa-block-size {block_size} is longer than any sequence; use at most {MAX_CONTEXT}, which makes one block "
+            "of every prefix."
         )
 
 

@@ -124,16 +124,12 @@ def topk_prefill(
     max_context: Optional[int] = None,
     shared_q: Optional[torch.Tensor] = None,
     shared_scale: Optional[torch.Tensor] = None,
-    taken: int = 0,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """The `topk` visible positions of highest score by the `heads` and the shared one; `max_context` bounds the lengths.
-
-    The first `taken` <= topk columns hold the ones of the highest scores, the others the rest: ascending and -1 padded both.
-    """
+    """The `topk` visible positions of highest score by the `heads` and the shared one; `max_context` bounds the lengths."""
     if max_context is not None and lengths.numel() and lengths.max() > max_context:
         raise ValueError(f"a row sees more than max_context={max_context} tokens")
     shared = _shared(q, heads, shared_q, shared_scale)
@@ -144,8 +140,6 @@ def topk_prefill(
         *scored,
         shared,
         lambda rows, tokens: visible(lengths[rows], tokens),
-        None,
-        taken,
         index_k,
         page_table,
         cu_rows,
@@ -169,29 +163,25 @@ def topk_decode(
     *,
     shared_q: Optional[torch.Tensor] = None,
     shared_scale: Optional[torch.Tensor] = None,
-    taken: int = 0,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """The same where every sequence has `rows_per_seq` rows and the host need not know the lengths."""
-    sequences = len(page_table)
-    if len(q) != sequences * rows_per_seq:
+    if len(q) != len(page_table) * rows_per_seq:
         raise ValueError(f"{len(q)} rows are not {rows_per_seq} rows a sequence")
-    cu_rows = torch.arange(sequences + 1, dtype=torch.int32, device=q.device)
     return topk_prefill(
         q,
         weights,
         heads,
         index_k,
         page_table,
-        cu_rows * rows_per_seq,
+        _as_many(page_table, rows_per_seq),
         lengths,
         topk,
         shared_q=shared_q,
         shared_scale=shared_scale,
-        taken=taken,
         init_tokens=init_tokens,
         local_tokens=local_tokens,
         output=output,
@@ -218,9 +208,7 @@ def route_topk_decode(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """`route`, then `topk_decode` with its heads -> heads, selection."""
     active = active_heads, block_size
-    cu_rows = rows_per_seq * torch.arange(
-        len(page_table) + 1, dtype=torch.int32, device=q.device
-    )
+    cu_rows = _as_many(page_table, rows_per_seq)
     heads = route(q, weights, pooled_keys, page_table, cu_rows, lengths, *active)
     selected = topk_decode(
         q,
@@ -239,6 +227,45 @@ def route_topk_decode(
     return heads, selected
 
 
+def route_sampled_topk_decode(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    rows_per_seq: int,
+    lengths: torch.Tensor,
+    active_heads: int,
+    topk: int,
+    *,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`route_sampled`, then `topk_decode` with its heads -> heads, shared_q, shared_scale, selection."""
+    cu_rows = _as_many(page_table, rows_per_seq)
+    heads, shared_q, shared_scale = route_sampled(
+        q, weights, index_k, page_table, cu_rows, lengths, active_heads
+    )
+    selected = topk_decode(
+        q,
+        weights,
+        heads,
+        index_k,
+        page_table,
+        rows_per_seq,
+        lengths,
+        topk,
+        shared_q=shared_q,
+        shared_scale=shared_scale,
+        init_tokens=init_tokens,
+        local_tokens=local_tokens,
+        output=output,
+        offsets=offsets,
+    )
+    return heads, shared_q, shared_scale, selected
+
+
 def rerank(
     q: torch.Tensor,
     weights: torch.Tensor,
@@ -249,25 +276,17 @@ def rerank(
     lengths: torch.Tensor,
     topk: int,
     *,
-    taken: int = 0,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """The `topk` best by the scores of all heads among each row's `candidates`, int32 [T, m] positions, -1 padded.
-
-    Those in the first `taken` <= topk columns are selected whatever they score.
-    """
-    _check_taken(taken, topk)
-    first = candidates[:, :taken].long()
+    """The `topk` best by the scores of all heads among each row's `candidates`, int32 [T, m] positions, -1 padded."""
     return _select(
         q,
         weights,
         (None, None),
         lambda rows, tokens: members(candidates[rows].long(), tokens),
-        lambda rows, tokens: members(first[rows], tokens),
-        0,
         index_k,
         page_table,
         cu_rows,
@@ -284,8 +303,6 @@ def _select(
     weights: torch.Tensor,
     shared: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
     allowed: Callable[[slice, int], torch.Tensor],
-    always: Optional[Callable[[slice, int], torch.Tensor]],
-    apart: int,
     index_k: torch.Tensor,
     page_table: torch.Tensor,
     cu_rows: torch.Tensor,
@@ -295,12 +312,8 @@ def _select(
     output: str,
     offsets: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    """Score with all heads of q and select among the positions `allowed(rows, tokens)`, bool [rows, tokens].
-
-    Those that are `always(rows, tokens)` too are selected before others. The `apart` best ones have columns of their own.
-    """
+    """Score with all heads of q and select among the positions `allowed(rows, tokens)`, bool [rows, tokens]."""
     _check(q, weights, page_table, cu_rows, lengths)
-    _check_taken(apart, topk)
     shared_q, shared_scale = shared
     selected = q.new_full((len(q), topk), -1, dtype=torch.int32)
     for sequence, rows, tokens in _chunks(q.shape[1], cu_rows, lengths):
@@ -312,15 +325,17 @@ def _select(
             q[rows], weights[rows], keys[:tokens], scales[:tokens], *of_rows
         )
         scores = force(scores, lengths[rows], **forced)
-        if always is not None:
-            scores = scores.masked_fill(always(rows, tokens), float("inf"))
         mask = topk_mask(scores, allowed(rows, tokens), topk)
-        if apart:
-            best = topk_mask(scores, mask, apart)
-            selected[rows, :apart] = positions(best, apart)
-            mask = mask & ~best
-        selected[rows, apart:] = positions(mask, topk - apart)
+        selected[rows] = positions(mask, topk)
     return to_output(selected, output, page_table, cu_rows, offsets)
+
+
+def _as_many(page_table: torch.Tensor, rows_per_seq: int) -> torch.Tensor:
+    """`cu_rows` of sequences of as many rows each."""
+    cu_rows = torch.arange(
+        len(page_table) + 1, dtype=torch.int32, device=page_table.device
+    )
+    return cu_rows * rows_per_seq
 
 
 def _chunks(
@@ -340,11 +355,6 @@ def _chunks(
         for first in range(start, stop, step):
             rows = slice(first, min(first + step, stop))
             yield sequence, rows, int(lengths[rows].max())
-
-
-def _check_taken(taken: int, topk: int) -> None:
-    if not 0 <= taken <= topk:
-        raise ValueError(f"taken={taken} is not from 0 to topk={topk}")
 
 
 def _shared(q, heads, shared_q, shared_scale):

@@ -2,7 +2,8 @@
 
 With SGLANG_MISA_CAPTURE_DIR set, every call of the indexer, MISA's or SGLang's own, leaves one file a sequence. Beside those of
 a prefill there is another one, with the attention's own queries of some rows and the keys that they might attend to.
-Calls under a CUDA graph leave nothing, those of a prefill graph included: add --disable-cuda-graph to record on a GPU.
+Calls under a CUDA graph leave nothing, those of a prefill graph included: add --disable-cuda-graph to record on a GPU, and
+SGLANG_DSA_FUSE_TOPK=false where SGLang's own indexer selects, in decode too: fused, it chooses no positions.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Recorder:
         *,
         layer_id: int,
         rid: str,
+        decode: bool,
+        router: Optional[str],
         q: torch.Tensor,
         weights: torch.Tensor,
         lengths: torch.Tensor,
@@ -44,12 +47,15 @@ class Recorder:
         page_table: torch.Tensor,
         pooled_keys: Optional[torch.Tensor],
         heads: Optional[torch.Tensor],
+        shared_q: Optional[torch.Tensor],
+        shared_scale: Optional[torch.Tensor],
         positions: torch.Tensor,
     ) -> None:
         """Save the rows of one sequence with the keys that they see.
 
-        Args are those of `MisaIndexer.select`, with the rows and the page table of the sequence; the record holds the
-        keys, scales and page means in the order of the sequence, up to the longest row, instead of the caches.
+        Args are those of `MisaIndexer.select` and the parts of its result, with the rows and the page table of the sequence,
+        whether it is `decode`, and MISA's `router`, None where SGLang's own indexer selected. The record holds the keys, scales and page means in the
+        order of the sequence, up to the longest row, instead of the caches.
         """
         tokens = int(lengths.max())
         pages = page_table[: -(-tokens // PAGE_SIZE)].long()
@@ -57,6 +63,8 @@ class Recorder:
         record = {
             "layer_id": layer_id,
             "rid": rid,
+            "decode": decode,
+            "router": router,
             "q": q,
             "weights": weights,
             "lengths": lengths.long(),
@@ -65,6 +73,8 @@ class Recorder:
             "pages": pages,
             "page_means": None if pooled_keys is None else pooled_keys[pages],
             "heads": heads,
+            "shared_q": shared_q,
+            "shared_scale": shared_scale,
             "positions": positions,
         }
         path = self.directory / f"{os.getpid()}-{next(self.count):08d}.pt"

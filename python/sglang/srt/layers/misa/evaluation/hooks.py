@@ -19,14 +19,13 @@ from sglang.srt.layers.misa.batch import (
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation.capture import Recorder
 from sglang.srt.layers.misa.evaluation.selections import EvaluationIndexer
-from sglang.srt.layers.misa.hooks import Call, active_config
+from sglang.srt.layers.misa.hooks import Call, active_config, misa_selects
 from sglang.srt.layers.misa.indexer import Selection
 from sglang.srt.layers.misa.selection import to_output
 from sglang.srt.layers.misa.server_args import misa_config
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ class Recording:
             return original(call, config, batch, output, offsets)
         # A record holds positions.
         selection = original(call, config, batch, "positions", None)
-        self._record(call, batch, selection, call.pooled_keys)
+        self._record(call, batch, selection, config.router)
         indices = to_output(
             selection.indices, output, batch.page_table, batch.cu_rows, offsets
         )
@@ -115,66 +114,72 @@ class Recording:
     ) -> None:
         """After `Indexer._get_topk_ragged` (extend)."""
         call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-        self._record_dsa(call, extend_batch, result)
+        self._record_dsa(call, extend_batch(metadata), result)
 
     def after_paged(
         self, result, indexer, forward_batch, layer_id, q_fp8, weights, metadata
     ) -> None:
         """After `Indexer._get_topk_paged` (decode)."""
         call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-        self._record_dsa(call, decode_batch, result)
+        self._record_dsa(call, decode_batch(metadata), result)
 
-    def _record_dsa(
-        self,
-        call: Call,
-        batch: Callable[[DSAIndexerMetadata], Batch],
-        result: torch.Tensor,
-    ) -> None:
+    def _record_dsa(self, call: Call, batch: Batch, result: torch.Tensor) -> None:
         """Record what SGLang's own indexer chose.
 
         Raises:
             RuntimeError: it chose slots of the cache, not positions.
         """
-        if active_config() is not None or _is_capturing():
+        config = active_config()
+        if config is not None and misa_selects(config, batch):
+            return
+        if not _is_recorded(call.forward_batch):
             return
         if attention_output(call.metadata)[0] != "positions":
             raise RuntimeError(
                 f"{environment.CAPTURE_DIR} records positions; set SGLANG_DSA_FUSE_TOPK=false."
             )
-        if _is_recorded(call.forward_batch):
-            self._record(call, batch(call.metadata), Selection(result))
+        self._record(call, batch, Selection(result), router=None)
 
     def _record(
         self,
         call: Call,
         batch: Batch,
         selection: Selection,
-        pooled_keys: Optional[torch.Tensor] = None,
+        router: Optional[str],
     ) -> None:
         """Record every sequence's rows, those that all heads scored by themselves."""
         pool = get_token_to_kv_pool()
         for index, rows in batch.sequences():
-            parts = [(rows, selection.heads)]
+            routed = selection.heads, selection.shared_q, selection.shared_scale
+            nothing = None, None, None
+            parts = [(rows, routed)]
             if selection.dense is not None:
                 # The first rows of a sequence are those that see the fewest tokens.
                 cut = rows.start + int(selection.dense[rows].sum())
                 parts = [
-                    (slice(rows.start, cut), None),
-                    (slice(cut, rows.stop), selection.heads),
+                    (slice(rows.start, cut), nothing),
+                    (slice(cut, rows.stop), routed),
                 ]
-            for part, heads in parts:
+            for part, scorers in parts:
                 if part.start == part.stop:
                     continue
+                heads, shared_q, shared_scale = (
+                    None if x is None else x[part] for x in scorers
+                )
                 self.recorder.record(
                     layer_id=call.layer_id,
                     rid=call.forward_batch.rids[index],
+                    decode=batch.bounds is None,
+                    router=router,
                     q=call.q[part],
                     weights=call.weights[part].squeeze(-1),
                     lengths=batch.lengths[part],
                     index_k=pool.get_index_k_with_scale_buffer(call.layer_id),
                     page_table=batch.page_table[index],
-                    pooled_keys=pooled_keys,
-                    heads=None if heads is None else heads[part],
+                    pooled_keys=None if router is None else call.pooled_keys,
+                    heads=heads,
+                    shared_q=shared_q,
+                    shared_scale=shared_scale,
                     positions=selection.indices[part],
                 )
 

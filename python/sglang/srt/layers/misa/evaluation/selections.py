@@ -75,7 +75,7 @@ class EvaluationIndexer:
         q: torch.Tensor,
         weights: torch.Tensor,
         index_k: torch.Tensor,
-        pooled_keys: torch.Tensor,
+        pooled_keys: Optional[torch.Tensor],
         batch: Batch,
         output: str = "positions",
         offsets: Optional[torch.Tensor] = None,
