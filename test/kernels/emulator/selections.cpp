@@ -63,7 +63,7 @@ float score_of(int kind, int i, int length) {
     case SPIKE: return i == length / 2 ? 1e30f : x * 1e-20f;
     case TAILS: return x * x * x * 1e3f;
     case RARE: return std::max(x - 1.4f, 0.f);                                     // 92% are 0
-    case RUNS: return (float)(i / 1024 * 2654435761u >> 8);  // runs of 1024 equal scores
+    case RUNS: return (float)(i / 1024 * 2654435761u >> 8);                        // runs of 1024 equal scores
     case STEPS: return i % 1000 < 100 ? 2.f : i % 1000 < 500 ? -0.5f : x * 1e-3f;  // two plateaus, and scores between
     case SOME_NAN: return rng() % 100 == 0 ? any_nan() : x;
     case MOSTLY_NAN: return rng() % 100 == 0 ? x : any_nan();
