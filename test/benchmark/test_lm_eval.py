@@ -118,6 +118,7 @@ def test_reader(reader, data_dir, tmp_path):
     both = json.loads(output.read_text())
     assert [r for r in both if r["variant"] == "dsa"] == results
     numbers = {"variant": "misa", "active_heads": 8, "block_size": 1024}
+    numbers["router"] = "pooled"
     assert [r for r in both if r["variant"] == "misa"] == [
         result | numbers for result in results
     ]
