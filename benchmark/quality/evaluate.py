@@ -27,13 +27,18 @@ HERE = Path(__file__).parent
 SHORTEST_RULER = 4096  # tokens; the paper's too
 
 # The arguments and the environment of each server.
+# Every row is to be selected by what is measured, in decode too where that is not SGLang's own by default.
+MISA = "--enable-misa", "--misa-min-context", "0"
+PAPER = *MISA, "--misa-router", "pooled", "--misa-decode", "misa"
 VARIANTS = {
     "dsa": ((), {}),
-    "misa": (("--enable-misa",), {}),
-    "misa-hierarchical": (("--enable-misa", "--misa-rerank-candidates", "8192"), {}),
+    "misa": ((*MISA, "--misa-rerank-candidates", "0"), {}),
+    "misa-hierarchical": ((*MISA, "--misa-rerank-candidates", "4096"), {}),
+    "misa-pooled": (PAPER, {}),
+    "misa-pooled-hierarchical": ((*PAPER, "--misa-rerank-candidates", "8192"), {}),
     **{
-        name: (("--enable-misa", "--disable-cuda-graph"), {EVAL_SELECTION: name})
-        for name in SELECTIONS
+        name: (("--enable-misa", "--misa-decode", "misa", "--disable-cuda-graph"), env)
+        for name, env in ((name, {EVAL_SELECTION: name}) for name in SELECTIONS)
     },
 }
 DEFAULT_VARIANTS = ("dsa", "misa", "misa-hierarchical", "hisa")

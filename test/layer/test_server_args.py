@@ -15,6 +15,7 @@ from sglang.srt.layers.misa import server_args as module
 from sglang.srt.layers.misa.config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_MIN_CONTEXT,
+    DEFAULT_RERANK_CANDIDATES,
     MAX_CONTEXT,
     MisaConfig,
 )
@@ -71,8 +72,8 @@ def test_defaults(parse):
         router="sampled",
         active_heads=8,
         block_size=None,
-        rerank_candidates=0,
-        min_context=DEFAULT_MIN_CONTEXT,
+        rerank_candidates=DEFAULT_RERANK_CANDIDATES,
+        min_context=0,
         decode="dsa",
     )
 
@@ -150,12 +151,13 @@ def test_what_is_unset(parse, monkeypatch):
     assert config().block_size is None
     assert config(POOLED).block_size == DEFAULT_BLOCK_SIZE == 1024
     assert config(f"{POOLED} --misa-block-size 64").block_size == 64
-    monkeypatch.setattr(module, "DEFAULT_MIN_CONTEXT", 5000)
-    assert config().min_context == 5000
-    assert config("--misa-min-context 0").min_context == 0
+    assert config().rerank_candidates == DEFAULT_RERANK_CANDIDATES == 4096
+    assert config(POOLED).rerank_candidates == 0
+    assert config("--misa-rerank-candidates 0").rerank_candidates == 0
+    assert config(f"{POOLED} --misa-rerank-candidates 512").rerank_candidates == 512
     assert config("--misa-min-context 700").min_context == 700
     monkeypatch.setenv(EVAL_SELECTION, "hisa")
-    assert config().min_context == 0
+    assert config().rerank_candidates == 0
 
 
 @pytest.mark.parametrize("flag", ["active-heads", "block-size", "rerank-candidates"])
@@ -288,6 +290,21 @@ def on_gpu(parse, monkeypatch):
 def test_kernels_that_run(on_gpu):
     module.check_misa_server_args(on_gpu())
     module.check_misa_server_args(on_gpu("--misa-rerank-candidates 16384"))
+
+
+def test_short_prompts_on_a_gpu(on_gpu):
+    """Where re-ranking costs more than it saves, SGLang's own indexer selects, unless something else is asked for."""
+
+    def min_context(*given):
+        args = on_gpu(*given)
+        module.check_misa_server_args(args)
+        return module.misa_config(args).min_context
+
+    assert min_context() == DEFAULT_MIN_CONTEXT[HEADS] > 0
+    assert min_context("--misa-rerank-candidates 0") == 0
+    assert min_context(POOLED) == 0
+    assert min_context("--misa-min-context 0") == 0
+    assert min_context("--misa-min-context 700") == 700
 
 
 def test_without_the_kernels(on_gpu, monkeypatch):

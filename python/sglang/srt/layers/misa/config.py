@@ -7,9 +7,13 @@ from typing import Optional
 MAX_CONTEXT = 1 << 22
 # Tokens in a pooled block where --misa-block-size does not say; the paper's.
 DEFAULT_BLOCK_SIZE = 1024
-# Prompt tokens that see fewer tokens than this are left to all heads where --misa-min-context does not say. The benchmark
-# of the indexer decides it: the least with which no prompt takes longer than with DSA.
-DEFAULT_MIN_CONTEXT = 0
+# Candidates that all heads re-rank with the sampled router where --misa-rerank-candidates does not say: the fewest with which
+# what is selected cannot be told from DSA's in what is measured (docs/quality.md).
+DEFAULT_RERANK_CANDIDATES = 4096
+# Prompt tokens that see fewer tokens than this are left to all heads where --misa-min-context does not say, by the indexer's
+# number of heads, on a GPU and with candidates to re-rank: below it SGLang's own path is as fast (benchmark/results), and a
+# multiple of the usual chunks of a prompt, so that a chunk seldom pays for both.
+DEFAULT_MIN_CONTEXT = {64: 16384, 32: 24576}
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class MisaConfig:
     active_heads: int = 8
     block_size: Optional[int] = None
     rerank_candidates: int = 0
-    min_context: int = DEFAULT_MIN_CONTEXT
+    min_context: int = 0
     decode: str = "dsa"
 
     @property

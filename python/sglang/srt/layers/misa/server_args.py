@@ -16,6 +16,7 @@ from sglang.srt.layers.misa import process
 from sglang.srt.layers.misa.config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_MIN_CONTEXT,
+    DEFAULT_RERANK_CANDIDATES,
     MAX_CONTEXT,
     MisaConfig,
 )
@@ -66,13 +67,13 @@ class MisaArguments(_Behind):
         NS("exec.kernel"),
     ] = None
     misa_rerank_candidates: A[
-        int,
-        f"Hierarchical MISA: keep this many tokens by the heads that are chosen and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most {MAX_CONTEXT}, and on a GPU a multiple of 64 up to 16384.",
+        Optional[int],
+        f"Hierarchical MISA: keep this many tokens by the heads that are chosen and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most {MAX_CONTEXT}, and on a GPU a multiple of 64 up to 16384. {DEFAULT_RERANK_CANDIDATES} by default with the sampled router, 0 with the pooled one.",
         NS("exec.kernel"),
-    ] = 0
+    ] = None
     misa_min_context: A[
         Optional[int],
-        f"Score prompt tokens that see fewer tokens than this with all heads, by SGLang's own indexer where no token of a batch sees as many; {DEFAULT_MIN_CONTEXT} by default. Applies to prefill only: in decode, lengths are not known to the host.",
+        f"Score prompt tokens that see fewer tokens than this with all heads, by SGLang's own indexer where no token of a batch sees as many. By default, on a GPU and with candidates to re-rank, {DEFAULT_MIN_CONTEXT[64]} with 64 indexer heads and {DEFAULT_MIN_CONTEXT[32]} with 32; otherwise 0. Applies to prefill only: in decode, lengths are not known to the host.",
         NS("exec.kernel"),
     ] = None
     misa_decode: A[
@@ -162,18 +163,23 @@ def misa_config(server_args: ServerArgs) -> Optional[MisaConfig]:
     block_size = server_args.misa_block_size
     if server_args.misa_router == "pooled" and block_size is None:
         block_size = DEFAULT_BLOCK_SIZE
-    min_context = server_args.misa_min_context
-    if min_context is None:
-        # What is evaluated is to select for short prompts too.
-        min_context = DEFAULT_MIN_CONTEXT if _eval_selection() is None else 0
     return MisaConfig(
         router=server_args.misa_router,
         active_heads=server_args.misa_active_heads,
         block_size=block_size,
-        rerank_candidates=server_args.misa_rerank_candidates,
-        min_context=min_context,
+        rerank_candidates=_rerank_candidates(server_args),
+        min_context=server_args.misa_min_context or 0,
         decode=server_args.misa_decode,
     )
+
+
+def _rerank_candidates(args: MisaArguments) -> int:
+    if args.misa_rerank_candidates is not None:
+        return args.misa_rerank_candidates
+    # What is evaluated has a single stage.
+    if args.misa_router == "pooled" or _eval_selection() is not None:
+        return 0
+    return DEFAULT_RERANK_CANDIDATES
 
 
 class Refusal(NamedTuple):
@@ -297,6 +303,8 @@ def check_misa_server_args(args: MisaArguments) -> None:
     _check_values(args, num_heads, topk)
     if args.device == "cuda":
         _check_kernels(args, num_heads, topk)
+        if args.misa_min_context is None and _rerank_candidates(args):
+            args.misa_min_context = DEFAULT_MIN_CONTEXT.get(num_heads, 0)
 
 
 def _positive(args: MisaArguments, hf_config, name: str) -> int:
@@ -328,14 +336,15 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
             f"{args.model_path}; {num_heads} means exactly DSA."
         )
     _check_block_size(args)
-    if args.misa_rerank_candidates and args.misa_rerank_candidates < topk:
+    candidates = _rerank_candidates(args)
+    if candidates and candidates < topk:
         raise ValueError(
-            f"--misa-rerank-candidates {args.misa_rerank_candidates} is less than the {topk} tokens that "
+            f"--misa-rerank-candidates {candidates} is less than the {topk} tokens that "
             f"{args.model_path} selects; use 0 for a single stage or at least {topk}."
         )
-    if args.misa_rerank_candidates > MAX_CONTEXT:
+    if candidates > MAX_CONTEXT:
         raise ValueError(
-            f"--misa-rerank-candidates {args.misa_rerank_candidates} is more than any sequence has; use at most "
+            f"--misa-rerank-candidates {candidates} is more than any sequence has; use at most "
             f"{MAX_CONTEXT}, or 0 for a single stage."
         )
     if args.misa_min_context is not None and args.misa_min_context < 0:
@@ -379,7 +388,7 @@ def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
         raise ValueError(
             f"--enable-misa: index_topk={topk} of {args.model_path} is not {limit}; drop --enable-misa."
         )
-    candidates = args.misa_rerank_candidates
+    candidates = _rerank_candidates(args)
     if candidates % kernels.TOPK_MULTIPLE or candidates > kernels.MAX_TOPK:
         raise ValueError(
             f"--misa-rerank-candidates {candidates} is not {limit}; use 0 for a single stage or such a multiple."
