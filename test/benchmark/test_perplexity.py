@@ -156,7 +156,7 @@ def test_a_server(tiny_model, tmp_path):
     with serve(
         tiny_model("deepseek_v32", 2, topk),
         tmp_path,
-        *misa_args(MisaConfig(active_heads=4)),
+        *misa_args(MisaConfig(active_heads=4, decode="misa")),
         *("--chunked-prefill-size", "512"),
         env={EVAL_SELECTION: "heaviest-heads"},
     ) as server:
