@@ -55,6 +55,10 @@ def parse(model):
     )
 
 
+# Of arguments that say nothing but --enable-misa.
+DEFAULTS = MisaConfig(rerank_candidates=DEFAULT_RERANK_CANDIDATES)
+
+
 def refusal(function, *args) -> str:
     with pytest.raises(ValueError) as error:
         function(*args)
@@ -459,7 +463,7 @@ def test_with_the_class_of_another_plugin(parse):
     args = module.with_misa(OtherArgs)(**given, enable_misa=True, other=5)
     args = pickle.loads(pickle.dumps(args))
     assert isinstance(args, OtherArgs) and args.other == 5
-    assert module.misa_config(args) == MisaConfig()
+    assert module.misa_config(args) == DEFAULTS
 
 
 def test_a_program_that_makes_its_own_arguments(parse):
@@ -467,7 +471,7 @@ def test_a_program_that_makes_its_own_arguments(parse):
     given = vars(parse())
     given = {x.name: given[x.name] for x in dataclasses.fields(ServerArgs)}
     args = ServerArgs(**given, enable_misa=True, misa_active_heads=4)
-    assert module.misa_config(args) == MisaConfig(active_heads=4)
+    assert module.misa_config(args) == dataclasses.replace(DEFAULTS, active_heads=4)
     for values in ({}, {"enable_misa": False}, {"misa_active_heads": 4}):
         assert type(ServerArgs(**given, **values)) is ServerArgs
 

@@ -304,7 +304,9 @@ def check_misa_server_args(args: MisaArguments) -> None:
     if args.device == "cuda":
         _check_kernels(args, num_heads, topk)
         if args.misa_min_context is None and _rerank_candidates(args):
-            args.misa_min_context = DEFAULT_MIN_CONTEXT.get(num_heads, 0)
+            # SGLang's arguments are read-only once they are resolved, which is before these are.
+            least = DEFAULT_MIN_CONTEXT.get(num_heads, 0)
+            object.__setattr__(args, "misa_min_context", least)
 
 
 def _positive(args: MisaArguments, hf_config, name: str) -> int:
