@@ -1,5 +1,8 @@
 // What a row scores with: the queries and gates of its slots. The routed heads come first, in ascending order; with the sampled
 // router the last slot of those that a kernel is compiled for is the shared head's, and slots between them stay empty.
+//
+// Why this is CUDA: TileLang copies through registers, and waits for each load where some slots are empty; with asynchronous copies all
+// are under way together, and empty slots get their zeros without a read.
 #pragma once
 
 #include "barrier.cuh"

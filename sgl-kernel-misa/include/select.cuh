@@ -1,4 +1,7 @@
 // Exact selection of a row's top k from its two bit planes.
+//
+// Why this is CUDA: planes are counted, listed and written by ballots, bit counts and scans of single words, for which TileLang has no
+// operations; and these functions compile with g++ too, for the emulator.
 #pragma once
 
 #include "cta.cuh"

@@ -1,4 +1,7 @@
 // Order statistics of a row's sampled scores.
+//
+// Why this is CUDA: TileLang has no digit of a key, and its reductions do not find a bin; and this compiles with g++ too, for the
+// emulator.
 #pragma once
 
 #include "cta.cuh"
