@@ -90,64 +90,13 @@ __device__ __forceinline__ void find_bin(const int* bins, int need, int* scratch
   __syncthreads();
 }
 
-// Entries are ordered by score, then by lower position: keys of up to 54 bits. They are looked at 11 bits at a time, from
-// the top, so five digits settle any selection.
-constexpr int kDigits = 5;
+// Entries are ordered by score, then by lower position: keys of 54 bits.
 constexpr int kPositionBits = 22;
 constexpr int kMaxContext = 1 << kPositionBits;
 constexpr unsigned kLastPosition = kMaxContext - 1;
 
 __device__ __forceinline__ unsigned long long entry_key(unsigned score, int position) {
   return (unsigned long long)score << kPositionBits | (kLastPosition - (unsigned)position);
-}
-
-// Selects the `need` largest keys. Entry e is among them if key(e) >> shift >= prefix.
-struct RadixState {
-  unsigned long long prefix;  // of the need-th largest key, its bits found so far
-  int shift;                  // bits not yet looked at
-  int need;                   // entries still to be found among those that share the prefix
-  int done;
-  unsigned base;  // subtracted from every score
-};
-
-constexpr int kStateInts = 8;
-static_assert(sizeof(RadixState) <= kStateInts * sizeof(int), "a state fits");
-
-// `state` is kStateInts ints of shared memory, 8-byte aligned.
-__device__ __forceinline__ RadixState* radix_state(int* state) { return reinterpret_cast<RadixState*>(state); }
-
-// Scores, as ordered keys, are known to lie in base .. top.
-__device__ __forceinline__ void radix_begin(int* state, int need, unsigned base = 0, unsigned top = 0xffffffffu) {
-  const int bits = top == base ? 0 : 32 - __clz(top - base);
-  if (threadIdx.x == 0) *radix_state(state) = {0ull, kPositionBits + bits, need, need <= 0, base};
-}
-
-__device__ __forceinline__ int next_shift(int shift) { return max(shift - 11, 0); }
-
-__device__ __forceinline__ bool radix_selected(const RadixState* state, unsigned score, int position) {
-  return state->need > 0 && entry_key(score - state->base, position) >> state->shift >= state->prefix;
-}
-
-__device__ __forceinline__ void radix_count(const RadixState* state, unsigned score, int position, int* bins) {
-  const unsigned long long key = entry_key(score - state->base, position);
-  const int shift = next_shift(state->shift);
-  if (key >> state->shift == state->prefix) atomicAdd(&bins[key >> shift & ((1u << (state->shift - shift)) - 1)], 1);
-}
-
-// After all entries were counted. Ends with a barrier.
-template <int THREADS>
-__device__ __forceinline__ void radix_advance(int* state_, const int* bins, int* scratch) {
-  RadixState* state = radix_state(state_);
-  __syncthreads();
-  find_bin<THREADS>(bins, state->need, scratch, scratch + 32);
-  if (threadIdx.x == 0) {
-    const int shift = next_shift(state->shift);
-    state->prefix = state->prefix << (state->shift - shift) | (unsigned)scratch[32];
-    state->shift = shift;
-    state->need -= scratch[33];
-    state->done = state->need == scratch[34];  // all that share the prefix are selected
-  }
-  __syncthreads();
 }
 
 // What a selected position is written as: itself, its slot of the cache, or its place among ragged keys.

@@ -6,6 +6,14 @@
 
 namespace misa {
 
+// What is known of the largest keys, `need` of which are not known yet.
+struct RadixState {
+  unsigned long long prefix;  // of the last of them, its bits found so far
+  int shift;                  // bits not yet looked at
+  int need;                   // to be found among the keys that share the prefix
+  bool done;                  // all that share it are selected
+};
+
 // Bits of a key below a digit: 11, 11 and 10 bits of the score, 11 and 11 of the position. Constants, so that the compiler
 // sees which half of a key a digit lies in. -1: the whole key's bits.
 template <int DIGIT>
@@ -57,7 +65,7 @@ __device__ __forceinline__ bool select_digit(const Part& part, int rank, int* bi
 // still read: they have arrived at a barrier of the cluster, or will, and here it is waited for.
 template <int RANKS>
 __device__ __forceinline__ Cut cut_by_radix(const Part& part, int topk, int rank, int* bins, int* scratch) {
-  RadixState state = {0ull, kPositionBits + 32, topk, 0};
+  RadixState state = {0ull, kPositionBits + 32, topk, false};
   if (RANKS > 1) cluster_wait();
   clear_bins<kThreads>(bins);
   __syncthreads();
@@ -66,7 +74,7 @@ __device__ __forceinline__ Cut cut_by_radix(const Part& part, int topk, int rank
       select_digit<RANKS, 2>(part, rank, bins, scratch, state) ||
       select_digit<RANKS, 3>(part, rank, bins, scratch, state) ||
       select_digit<RANKS, 4>(part, rank, bins, scratch, state);
-  // radix_selected(state, key): key is at least the prefix, filled with zeros.
+  // The least selected key is the prefix, filled with zeros.
   const unsigned long long least = state.prefix << state.shift;
   return {(unsigned)(least >> kPositionBits), (int)(kLastPosition - ((unsigned)least & kLastPosition))};
 }

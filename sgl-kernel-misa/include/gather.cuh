@@ -71,7 +71,7 @@ __device__ __forceinline__ unsigned slot_of(int position, const int* pages) {
 template <int THREADS>
 __device__ __forceinline__ void force_listed(const int* positions, unsigned* scores, int count, int init, int local) {
   for (int i = threadIdx.x; i < count; i += THREADS) {
-    if (positions[i] < init || positions[i] >= local) scores[i] = ordered(__int_as_float(0x7f800000));
+    if (positions[i] < init || positions[i] >= local) scores[i] = kInfinity;
   }
 }
 

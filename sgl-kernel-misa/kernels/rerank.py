@@ -1,16 +1,22 @@
 """The second stage of hierarchical MISA: a row's candidates scored with all heads, and the best of them selected."""
 
+from types import SimpleNamespace
+
 import tilelang.language as T
 
 from kernels.accumulator import row_of
 from kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE
 from kernels.dimensions import dimensions
+from kernels.gather import TILE, get_score_listed
 from kernels.headers import BINS, SCRATCH, include
-from kernels.paged_cache import PAGE_WORDS, get_gather_keys
+from kernels.paged_cache import PAGE_WORDS
 
 THREADS = 256
-TILE = 128
-STAGES = 2  # tiles on the chip: one is scored while the next is gathered; so three CTAs fit on an SM
+
+
+def stages_for(capacity: int) -> int:
+    """Tiles on the chip: three, where three CTAs still fit on an SM with them."""
+    return 3 if capacity <= 4096 else 2
 
 
 def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
@@ -25,10 +31,32 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
         "rows pages batch max_pages table_stride num_candidates topk"
     )
 
-    gather_keys = get_gather_keys(THREADS, TILE, STAGES)
+    stages = stages_for(capacity)
     assert (
-        STAGES * TILE * HEAD_DIM >= 4 * BINS
+        stages * TILE * HEAD_DIM >= 4 * BINS
     ), "the histogram lies where the keys were"
+
+    @T.macro
+    def store(row, tile):
+        """Entries that only fill up the last tile get scores too; nobody looks at them."""
+        tx = T.get_thread_binding()
+        for rr in T.unroll(2):
+            row.scale[rr] = row.s_shared[tile % stages, row_of(tx) + rr * 8]
+        T.call_extern(
+            "handle",
+            f"misa::sum_heads_of_quad<{num_heads}>",
+            row.acc.data,
+            row.gate.data,
+            row.scale.data,
+            row.score.data,
+        )
+        if tx % 4 == 0:
+            for rr in T.unroll(2):
+                row.scores[tile * TILE + row_of(tx) + rr * 8] = T.call_extern(
+                    "uint32", "misa::ordered", row.score[rr]
+                )
+
+    score_listed = get_score_listed(THREADS, stages, store)
 
     @T.prim_func
     def rerank(
@@ -52,8 +80,8 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
             T.import_source(include("gather.cuh", "score.cuh", "rerank.cuh"))
             scores = T.alloc_shared((capacity,), T.uint32)
             q_shared = T.alloc_shared((num_heads, HEAD_DIM), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((STAGES, TILE, HEAD_DIM), T.float8_e4m3fn)
-            s_shared = T.alloc_shared((STAGES, TILE), T.float32)
+            k_shared = T.alloc_shared((stages, TILE, HEAD_DIM), T.float8_e4m3fn)
+            s_shared = T.alloc_shared((stages, TILE), T.float32)
             scratch = T.alloc_shared((SCRATCH,), T.int32)
             acc = T.alloc_fragment((TILE, num_heads), T.float32)
             gate = T.alloc_local((num_heads // 4,), T.float32)
@@ -66,7 +94,6 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
             row = T.truncdiv(cta, ranks)
             rank = T.truncmod(cta, ranks)
             share = T.ceildiv(T.ceildiv(candidates_, ranks), TILE) * TILE
-            entry = row_of(tx)
             seq = T.call_extern(
                 "int32", "misa::sequence_of_row", cu_rows.data, batch, row
             )
@@ -101,52 +128,22 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
                 for i in T.unroll(num_heads // 8):
                     for b in T.unroll(2):
                         gate[i * 2 + b] = weights[row, i * 8 + tx % 4 * 2 + b]
-                T.call_extern(
-                    "handle",
-                    f"misa::fill_last_tile<{THREADS}, {TILE}>",
-                    T.address_of(scores[0]),
+                score_listed(
+                    SimpleNamespace(
+                        keys=keys,
+                        scales=scales,
+                        scores=scores,
+                        q_shared=q_shared,
+                        k_shared=k_shared,
+                        s_shared=s_shared,
+                        acc=acc,
+                        registers=TILE * num_heads // THREADS,
+                        gate=gate,
+                        scale=scale,
+                        score=score,
+                    ),
                     mine,
                 )
-                for tile in T.unroll(STAGES - 1):
-                    gather_keys(keys, scales, scores, tile, mine, k_shared, s_shared)
-                for tile in T.serial(T.ceildiv(mine, TILE)):
-                    gather_keys(
-                        keys,
-                        scales,
-                        scores,
-                        tile + STAGES - 1,
-                        mine,
-                        k_shared,
-                        s_shared,
-                    )
-                    T.call_extern("handle", f"misa::wait_gathered<{STAGES - 1}>")
-                    T.sync_threads()  # the tile is there
-                    T.gemm(
-                        k_shared[tile % STAGES, :, :],
-                        q_shared,
-                        acc,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    for rr in T.unroll(2):
-                        scale[rr] = s_shared[tile % STAGES, entry + rr * 8]
-                    T.call_extern(
-                        "handle",
-                        f"misa::sum_heads_of_quad<{num_heads}>",
-                        acc.data,
-                        gate.data,
-                        scale.data,
-                        score.data,
-                    )
-                    # Entries that only fill up the last tile get scores too; nobody looks at them.
-                    if tx % 4 == 0:
-                        for rr in T.unroll(2):
-                            scores[tile * TILE + entry + rr * 8] = T.call_extern(
-                                "uint32", "misa::ordered", score[rr]
-                            )
-                    # The tile was read: the next gather overwrites it. And its slots have become scores.
-                    T.sync_threads()
                 if ranks > 1:
                     T.call_extern(
                         "handle",

@@ -6,8 +6,11 @@ queries of half of the rows and multiply K on the M side with (query, head) pair
 order of the columns.
 """
 
+from types import SimpleNamespace
+
 import tilelang.language as T
 
+from kernels.accumulator import row_of
 from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SPAN, rows_per_warpgroup
 from kernels.dimensions import dimensions
 from kernels.headers import include
@@ -38,11 +41,11 @@ def get_score_kernel(heads: int, mode: str):
     )
 
     @T.macro
-    def multiply(k_shared, q_shared, acc, full, page):
-        T.mbarrier_wait_parity(full[page % STAGES], (page // STAGES) % 2)
+    def multiply(cta, acc, page):
+        T.mbarrier_wait_parity(cta.full[page % STAGES], (page // STAGES) % 2)
         T.wgmma_gemm(
-            k_shared[page % STAGES, :, :],
-            q_shared,
+            cta.k_shared[page % STAGES, :, :],
+            cta.q_shared,
             acc,
             transpose_B=True,
             clear_accum=True,
@@ -50,91 +53,74 @@ def get_score_kernel(heads: int, mode: str):
         )
 
     @T.macro
-    def sum_heads(acc, gate, s_shared, empty, page, rectified, scores):
+    def sum_heads(cta, acc, page):
         tx = T.get_thread_binding()
-        token = tx % 128 // 32 * 16 + tx % 32 // 4
         scale = T.alloc_local((2,), T.float32)
         for rr in T.unroll(2):
-            scale[rr] = s_shared[page % STAGES, token + rr * 8]
+            scale[rr] = cta.s_shared[page % STAGES, row_of(tx % 128) + rr * 8]
         T.sync_warp()
         if tx % 32 == 0:
-            T.mbarrier_arrive(empty[page % STAGES])
+            T.mbarrier_arrive(cta.empty[page % STAGES])
         T.warpgroup_fence_operand(acc.data, 0, columns // 2, "float32")
         T.call_extern(
             "handle",
             f"misa::sum_heads<{heads}, {groups}>",
             acc.data,
-            gate.data,
+            cta.gate.data,
             scale.data,
-            rectified,
-            scores.data,
+            cta.rectified,
+            cta.scores.data,
         )
 
     @T.macro
-    def finish(
-        acc,
-        gate,
-        s_shared,
-        empty,
-        scores,
-        length,
-        shortest,
-        high,
-        middle,
-        low,
-        words,
-        slot,
-        p0,
-        page,
-        num_pages,
-        rectified,
-        init_tokens,
-        local_tokens,
-        out,
-    ):
+    def finish(cta, acc, page):
         """Sums a page's heads; then stores its scores, or adds its bits to the lane's words and these every 16th page."""
-        sum_heads(acc, gate, s_shared, empty, page, rectified, scores)
+        sum_heads(cta, acc, page)
         tx = T.get_thread_binding()
-        token = (p0 + page) * PAGE_SIZE + tx % 128 // 32 * 16 + tx % 32 // 4
+        token = (cta.p0 + page) * PAGE_SIZE + row_of(tx % 128)
         if planes:
-            if (p0 + page) * PAGE_SIZE < init_tokens or (
-                p0 + page + 1
-            ) * PAGE_SIZE > shortest - local_tokens:
+            if (cta.p0 + page) * PAGE_SIZE < cta.init_tokens or (
+                cta.p0 + page + 1
+            ) * PAGE_SIZE > cta.shortest - cta.local_tokens:
                 T.call_extern(
                     "handle",
                     f"misa::mask_page<{groups}>",
-                    scores.data,
-                    length.data,
+                    cta.scores.data,
+                    cta.length.data,
                     token,
-                    init_tokens,
-                    local_tokens,
+                    cta.init_tokens,
+                    cta.local_tokens,
                 )
             T.call_extern(
                 "handle",
                 f"misa::mark_page<{groups}>",
-                scores.data,
-                high.data,
-                middle.data,
-                low.data,
+                cta.scores.data,
+                cta.high.data,
+                cta.middle.data,
+                cta.low.data,
                 T.uint32(1) << T.cast(page % SPAN_PAGES * 2, T.uint32),
-                words.data,
+                cta.words.data,
             )
             if (
                 page % SPAN_PAGES == SPAN_PAGES - 1
-                or page == num_pages - 1 + num_pages % 2
+                or page == cta.num_pages - 1 + cta.num_pages % 2
             ):
                 word = (
-                    (p0 + page) // SPAN_PAGES * 32 + tx % 128 // 32 * 8 + tx % 32 // 4
+                    (cta.p0 + page) // SPAN_PAGES * 32
+                    + tx % 128 // 32 * 8
+                    + tx % 32 // 4
                 )
                 for g in T.unroll(groups):
                     for plane in T.unroll(2):
-                        out[slot + g * 4, plane, word] = words[plane * groups + g]
-                        words[plane * groups + g] = T.uint32(0)
-        elif page < num_pages:
+                        cta.out[cta.slot + g * 4, plane, word] = cta.words[
+                            plane * groups + g
+                        ]
+                        cta.words[plane * groups + g] = T.uint32(0)
+        elif page < cta.num_pages:
             for g in T.unroll(groups):
                 for rr in T.unroll(2):
-                    out[slot + g * 4, 0, token + rr * 8] = T.reinterpret(
-                        scores[g * 2 + rr], T.uint32
+                    cta.out[cta.slot + g * 4, 0, token + rr * 8] = T.reinterpret(
+                        cta.scores[g * 2 + rr], T.uint32
                     )
 
     @T.prim_func
@@ -281,56 +267,38 @@ def get_score_kernel(heads: int, mode: str):
                             shortest = T.min(shortest, length[g])
                             for plane in T.unroll(2):
                                 words[plane * groups + g] = T.uint32(0)
+                        cta = SimpleNamespace(
+                            k_shared=k_shared,
+                            s_shared=s_shared,
+                            q_shared=q_shared,
+                            full=full,
+                            empty=empty,
+                            gate=gate,
+                            rectified=rectified,
+                            scores=scores,
+                            length=length,
+                            shortest=shortest,
+                            high=high,
+                            middle=middle,
+                            low=low,
+                            words=words,
+                            slot=slot,
+                            p0=p0,
+                            num_pages=num_pages,
+                            init_tokens=init_tokens,
+                            local_tokens=local_tokens,
+                            out=out,
+                        )
                         if pipelined:
                             # The tensor cores multiply the second page of a pair while the scores of the first are
                             # summed. No product is left in flight around the loop: the compiler would wait for each.
                             for i in T.serial(pairs):
-                                multiply(k_shared, q_shared, acc, full, i * 2)
-                                multiply(k_shared, q_shared, next_acc, full, i * 2 + 1)
+                                multiply(cta, acc, i * 2)
+                                multiply(cta, next_acc, i * 2 + 1)
                                 T.warpgroup_wait(1)
-                                finish(
-                                    acc,
-                                    gate,
-                                    s_shared,
-                                    empty,
-                                    scores,
-                                    length,
-                                    shortest,
-                                    high,
-                                    middle,
-                                    low,
-                                    words,
-                                    slot,
-                                    p0,
-                                    i * 2,
-                                    num_pages,
-                                    rectified,
-                                    init_tokens,
-                                    local_tokens,
-                                    out,
-                                )
+                                finish(cta, acc, i * 2)
                                 T.warpgroup_wait(0)
-                                finish(
-                                    next_acc,
-                                    gate,
-                                    s_shared,
-                                    empty,
-                                    scores,
-                                    length,
-                                    shortest,
-                                    high,
-                                    middle,
-                                    low,
-                                    words,
-                                    slot,
-                                    p0,
-                                    i * 2 + 1,
-                                    num_pages,
-                                    rectified,
-                                    init_tokens,
-                                    local_tokens,
-                                    out,
-                                )
+                                finish(cta, next_acc, i * 2 + 1)
                         else:
                             for i in T.serial(pairs * 2):
                                 T.mbarrier_wait_parity(
@@ -344,26 +312,6 @@ def get_score_kernel(heads: int, mode: str):
                                     clear_accum=True,
                                     policy=T.GemmWarpPolicy.FullCol,
                                 )
-                                finish(
-                                    acc,
-                                    gate,
-                                    s_shared,
-                                    empty,
-                                    scores,
-                                    length,
-                                    shortest,
-                                    high,
-                                    middle,
-                                    low,
-                                    words,
-                                    slot,
-                                    p0,
-                                    i,
-                                    num_pages,
-                                    rectified,
-                                    init_tokens,
-                                    local_tokens,
-                                    out,
-                                )
+                                finish(cta, acc, i)
 
     return score

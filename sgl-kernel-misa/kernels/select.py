@@ -1,23 +1,31 @@
 """Exact top-k of a row from the two bits a token that `score` left.
 
-Two neighbouring thresholds of the three bracket the k-th score: what lies above both is selected, what lies between them
-(several hundred tokens, or any number where the thresholds misjudged) is scored again with the same instructions, hence to
-the same bits, and selected by radix. Few enough candidates are kept in shared memory; more than that are streamed once a
-digit.
+Two neighbouring thresholds of the three bracket the k-th score: what lies above both is selected, what lies between them,
+the candidates, is scored again with the same instructions, hence to the same bits, and selected by radix:
+
+    list and score the candidates                      # some hundred, or any number where the thresholds misjudged
+    until the k-th score is known:                     # at most DIGITS times
+        count the candidates by their next digit
+    select the candidates above it, and of those that equal it the first
+
+Where the candidates are more than fit in shared memory, every line takes them in parts, and each time scores them again.
 """
+
+from types import SimpleNamespace
 
 import tilelang.language as T
 
+from kernels.accumulator import row_of
 from kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SPAN
 from kernels.dimensions import dimensions
+from kernels.gather import TILE, get_score_listed
 from kernels.headers import BINS, SCRATCH, include
-from kernels.paged_cache import PAGE_WORDS, get_gather_keys
+from kernels.paged_cache import PAGE_WORDS
 
 THREADS = 256
-TILE = 128  # candidates scored at a time, 64 a warpgroup
-DIGITS = 5  # of a radix selection
-STATE_INTS = 8  # of its state
-STAGES = 2  # tiles on the chip: one is scored while the next is gathered
+STAGES = 2
+# Digits of a radix selection of scores, and ints of what is known of it and of the candidates.
+DIGITS, RADIX_INTS, CANDIDATES_INTS = 3, 5, 4
 
 
 def get_select_kernel(heads: int, capacity: int):
@@ -44,31 +52,60 @@ def get_select_kernel(heads: int, capacity: int):
         "rows num_heads pages batch max_pages active_heads table_stride width slots topk"
     )
 
-    gather_keys = get_gather_keys(THREADS, TILE, STAGES)
-
     @T.macro
-    def store_scores(acc, gate, s_shared, scores, rectified, tile):
+    def store(row, tile):
         """Entries that only fill up the last tile get scores too; nobody looks at them."""
         tx = T.get_thread_binding()
-        entry = tx // 32 * 16 + tx % 32 // 4
-        scale = T.alloc_local((2,), T.float32)
-        score = T.alloc_local((2,), T.float32)
         for rr in T.unroll(2):
-            scale[rr] = s_shared[tile % STAGES, entry + rr * 8]
+            row.scale[rr] = row.s_shared[tile % STAGES, row_of(tx) + rr * 8]
         T.call_extern(
             "handle",
             f"misa::sum_heads<{heads}, 1>",
-            acc.data,
-            gate.data,
-            scale.data,
-            rectified,
-            score.data,
+            row.acc.data,
+            row.gate.data,
+            row.scale.data,
+            row.rectified,
+            row.score.data,
         )
         if tx % 4 == 0:
             for rr in T.unroll(2):
-                scores[tile * TILE + entry + rr * 8] = T.call_extern(
-                    "uint32", "misa::ordered", score[rr]
+                row.scores[tile * TILE + row_of(tx) + rr * 8] = T.call_extern(
+                    "uint32", "misa::ordered", row.score[rr]
                 )
+
+    score_listed = get_score_listed(THREADS, STAGES, store)
+
+    @T.macro
+    def list_and_score(row, first, last):
+        """The candidates in words `first` to `last` of the planes, to `row.places` and `row.scores`."""
+        T.call_extern(
+            "handle",
+            f"misa::collect<{THREADS}>",
+            row.above,
+            row.within,
+            row.words,
+            first,
+            last,
+            row.pages,
+            T.address_of(row.places[0]),
+            T.address_of(row.scores[0]),
+            T.address_of(row.listed[0]),
+        )
+        T.sync_threads()
+        row.count[0] = row.listed[0]
+        score_listed(row, row.count[0])
+        if T.get_thread_binding() == 0:
+            row.listed[0] = 0  # for the next part
+        if row.init_tokens + row.local_tokens > 0:
+            T.call_extern(
+                "handle",
+                f"misa::force_places<{THREADS}>",
+                T.address_of(row.places[0]),
+                T.address_of(row.scores[0]),
+                row.count[0],
+                row.init_tokens,
+                row.length - row.local_tokens,
+            )
 
     @T.prim_func
     def select(
@@ -103,13 +140,14 @@ def get_select_kernel(heads: int, capacity: int):
                     "score.cuh",
                     "select.cuh",
                     kDigits=DIGITS,
-                    kStateInts=STATE_INTS,
+                    kRadixInts=RADIX_INTS,
+                    kCandidatesInts=CANDIDATES_INTS,
                 )
             )
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
             T.pdl_sync()
-            positions = T.alloc_shared((capacity,), T.int32)
+            places = T.alloc_shared((capacity,), T.uint32)
             # Slots of the cache, then scores.
             scores = T.alloc_shared((capacity,), T.uint32)
             bins = T.alloc_shared((BINS,), T.int32)
@@ -117,22 +155,24 @@ def get_select_kernel(heads: int, capacity: int):
             k_shared = T.alloc_shared((STAGES, TILE, HEAD_DIM), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, TILE), T.float32)
             scratch = T.alloc_shared((SCRATCH,), T.int32)
-            state = T.alloc_shared((STATE_INTS,), T.int32)
-            info = T.alloc_shared((4,), T.int32)  # as `classify` says
-            listed = T.alloc_shared((1,), T.int32)  # entries of `positions`
+            candidates = T.alloc_shared((CANDIDATES_INTS,), T.int32)
+            radix = T.alloc_shared((RADIX_INTS,), T.int32)
+            listed = T.alloc_shared((1,), T.int32)  # entries of `places`
+            selected = T.alloc_shared((THREADS // 32,), T.int32)  # in each warp's share
             acc = T.alloc_fragment((TILE, columns), T.float32)
             gate = T.alloc_local((heads,), T.float32)
+            scale = T.alloc_local((2,), T.float32)
+            score = T.alloc_local((2,), T.float32)
             row = T.alloc_var(T.int32)
             length = T.alloc_var(T.int32)
             offset = T.alloc_var(T.int32)
             words = T.alloc_var(T.int32)
-            chunk = T.alloc_var(T.int32)
-            parts = T.alloc_var(T.int32)
+            first = T.alloc_var(T.int32)
+            last = T.alloc_var(T.int32)
+            count = T.alloc_local((1,), T.int32)
+            upper = T.alloc_var(T.int32)
+            searches = T.alloc_var(T.int32)
             rounds = T.alloc_var(T.int32)
-            part = T.alloc_var(T.int32)
-            digit = T.alloc_var(T.int32)
-            count = T.alloc_var(T.int32)
-            above = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
 
             seq = T.call_extern(
@@ -173,6 +213,7 @@ def get_select_kernel(heads: int, capacity: int):
                     T.address_of(out[row, 0]),
                 )
             if length > topk:
+                # 1. What scores: queries and gates of the row's slots.
                 T.call_extern(
                     "handle",
                     f"misa::copy_queries_of_row<{heads}, {THREADS}>",
@@ -199,6 +240,7 @@ def get_select_kernel(heads: int, capacity: int):
                 )
                 if tx == 0:
                     listed[0] = 0
+                # 2. Between which thresholds the k-th score lies, how many tokens do, and how many of them are selected.
                 words = (length + SPAN - 1) // SPAN * 32
                 T.call_extern(
                     "handle",
@@ -210,139 +252,133 @@ def get_select_kernel(heads: int, capacity: int):
                     topk,
                     T.address_of(thresholds[slot, 0]),
                     T.address_of(scratch[0]),
-                    T.address_of(info[0]),
+                    T.address_of(candidates[0]),
+                    T.address_of(selected[0]),
                 )
-                # The plane in which tokens are marked as selected.
-                above = T.if_then_else(info[3] == 2, 1, 0)
-                # Five digits count the candidates, the round after them selects. So many words of a plane can hold no
-                # more candidates than fit.
-                chunk = words
-                if info[0] > capacity:
-                    chunk = capacity // 32
-                parts = T.truncdiv(words + chunk - 1, chunk)
-                rounds = parts * (DIGITS + 1)
-                if info[2] != 0 or info[1] == 0:
-                    rounds = 0
                 T.call_extern(
                     "handle",
-                    "misa::radix_begin_between",
-                    T.address_of(state[0]),
-                    info[1],
-                    info[3],
+                    "misa::radix_begin",
+                    T.address_of(radix[0]),
+                    T.address_of(candidates[0]),
                     T.address_of(thresholds[slot, 0]),
                 )
                 T.sync_threads()
-                count = 0
-                for step in T.serial(rounds):
-                    digit = T.truncdiv(step, parts)
-                    part = step - digit * parts
-                    # Once a digit has settled it, only the last round is left.
-                    if digit == DIGITS or state[4] == 0:
-                        if digit < DIGITS and part == 0:
-                            T.call_extern(
-                                "handle",
-                                f"misa::clear_bins<{THREADS}>",
-                                T.address_of(bins[0]),
-                            )
-                        T.sync_threads()
-                        if digit == 0 or chunk < words:
-                            T.call_extern(
-                                "handle",
-                                f"misa::collect<{THREADS}>",
-                                T.address_of(planes[slot, above, 0]),
-                                T.address_of(planes[slot, 1 - above, 0]),
-                                part * chunk,
-                                T.min(part * chunk + chunk, words),
-                                T.address_of(page_table[seq, 0]),
-                                T.address_of(positions[0]),
-                                T.address_of(scores[0]),
-                                T.address_of(listed[0]),
-                            )
+                upper = T.call_extern(
+                    "int32", "misa::upper_bracket", T.address_of(candidates[0])
+                )
+                all_fit = (
+                    T.call_extern(
+                        "int32", "misa::num_candidates", T.address_of(candidates[0])
+                    )
+                    <= capacity
+                )
+                this_row = SimpleNamespace(
+                    keys=keys,
+                    scales=scales,
+                    pages=T.address_of(page_table[seq, 0]),
+                    above=T.address_of(planes[slot, upper, 0]),
+                    within=T.address_of(planes[slot, 1 - upper, 0]),
+                    words=words,
+                    places=places,
+                    scores=scores,
+                    listed=listed,
+                    count=count,
+                    q_shared=q_shared,
+                    k_shared=k_shared,
+                    s_shared=s_shared,
+                    acc=acc,
+                    registers=TILE * columns // THREADS,
+                    gate=gate,
+                    scale=scale,
+                    score=score,
+                    rectified=T.cast(1 - shared, T.float32),
+                    length=length,
+                    init_tokens=init_tokens,
+                    local_tokens=local_tokens,
+                )
+                # 3. Digits of the k-th score, then the candidates' bits in the plane above.
+                rounds = T.call_extern(
+                    "int32",
+                    "misa::radix_rounds",
+                    T.address_of(candidates[0]),
+                )
+                searches = 1
+                last = words
+                for turn in T.serial(rounds):
+                    if searches == 1:
+                        searches = T.call_extern(
+                            "int32", "misa::radix_searches", T.address_of(radix[0])
+                        )
+                        T.call_extern(
+                            "handle",
+                            f"misa::clear_bins<{THREADS}>",
+                            T.address_of(bins[0]),
+                        )
+                        first = 0
+                        while first < words:
+                            # The bins are clear, and the part before was looked at.
                             T.sync_threads()
-                            count = listed[0]
-                            T.call_extern(
-                                "handle",
-                                f"misa::fill_last_tile<{THREADS}, {TILE}>",
-                                T.address_of(scores[0]),
-                                count,
-                            )
-                            if tx == 0:
-                                listed[0] = 0  # for the next part
-                            gather_keys(
-                                keys, scales, scores, 0, count, k_shared, s_shared
-                            )
-                            for b in T.serial(T.ceildiv(count, TILE)):
-                                gather_keys(
-                                    keys,
-                                    scales,
-                                    scores,
-                                    b + 1,
-                                    count,
-                                    k_shared,
-                                    s_shared,
+                            if not all_fit:
+                                last = T.call_extern(
+                                    "int32",
+                                    f"misa::end_of_part<{THREADS}>",
+                                    this_row.above,
+                                    this_row.within,
+                                    first,
+                                    words,
+                                    capacity,
+                                    T.address_of(scratch[0]),
                                 )
-                                T.call_extern(
-                                    "handle", f"misa::wait_gathered<{STAGES - 1}>"
-                                )
-                                T.sync_threads()
-                                T.gemm(
-                                    k_shared[b % STAGES, :, :],
-                                    q_shared,
-                                    acc,
-                                    transpose_B=True,
-                                    clear_accum=True,
-                                    policy=T.GemmWarpPolicy.FullRow,
-                                )
-                                store_scores(
-                                    acc,
-                                    gate,
-                                    s_shared,
-                                    scores,
-                                    T.cast(1 - shared, T.float32),
-                                    b,
-                                )
-                                T.sync_threads()
-                            if init_tokens + local_tokens > 0:
-                                T.call_extern(
-                                    "handle",
-                                    f"misa::force_listed<{THREADS}>",
-                                    T.address_of(positions[0]),
-                                    T.address_of(scores[0]),
-                                    count,
-                                    init_tokens,
-                                    length - local_tokens,
-                                )
-                        for i in T.serial(T.ceildiv(count, THREADS)):
-                            if i * THREADS + tx < count:
-                                T.call_extern(
-                                    "handle",
-                                    "misa::radix_visit",
-                                    T.address_of(state[0]),
-                                    digit,
-                                    scores[i * THREADS + tx],
-                                    positions[i * THREADS + tx],
-                                    T.address_of(bins[0]),
-                                    T.address_of(planes[slot, above, 0]),
-                                )
-                        if digit < DIGITS and part == parts - 1:
+                            if turn == 0 or not all_fit:
+                                list_and_score(this_row, first, last)
+                            for i in T.serial(T.ceildiv(count[0], THREADS)):
+                                if i * THREADS + tx < count[0]:
+                                    if searches == 1:
+                                        T.call_extern(
+                                            "handle",
+                                            "misa::radix_count",
+                                            T.address_of(radix[0]),
+                                            scores[i * THREADS + tx],
+                                            T.address_of(bins[0]),
+                                        )
+                                    else:
+                                        T.call_extern(
+                                            "handle",
+                                            "misa::radix_mark",
+                                            T.address_of(radix[0]),
+                                            scores[i * THREADS + tx],
+                                            places[i * THREADS + tx],
+                                            this_row.above,
+                                            this_row.within,
+                                            T.address_of(selected[0]),
+                                        )
+                            first = last
+                        if searches == 1:
                             T.call_extern(
                                 "handle",
                                 f"misa::radix_advance<{THREADS}>",
-                                T.address_of(state[0]),
+                                T.address_of(radix[0]),
                                 T.address_of(bins[0]),
                                 T.address_of(scratch[0]),
                             )
                 T.sync_threads()
+                # 4. The bits become positions.
                 T.call_extern(
                     "handle",
                     f"misa::emit<{THREADS}>",
-                    T.address_of(planes[slot, above, 0]),
-                    T.address_of(planes[slot, 1 - above, 0]),
+                    this_row.above,
+                    this_row.within,
                     words,
-                    above == 1,
-                    T.if_then_else(info[2] == 0, 0, info[1]),
+                    upper == 1,
+                    T.call_extern(
+                        "int32",
+                        "misa::ties_selected",
+                        T.address_of(candidates[0]),
+                        T.address_of(radix[0]),
+                    ),
+                    T.address_of(selected[0]),
                     form,
-                    T.address_of(page_table[seq, 0]),
+                    this_row.pages,
                     offset,
                     T.address_of(scratch[0]),
                     T.address_of(out[row, 0]),

@@ -39,7 +39,7 @@ DECODE_SELECT_RANKS = (2, 4, 8)
 RERANK_RANKS = (1, 8)
 
 DECODE_CANDIDATES = 6144  # tokens that a CTA of `decode_select` lists
-RERANK_CAPACITIES = (8192, MAX_TOPK)  # candidates that a row may have
+RERANK_CAPACITIES = (4096, 8192, MAX_TOPK)  # candidates that a row may have
 
 
 def rows_per_warpgroup(heads: int) -> int:

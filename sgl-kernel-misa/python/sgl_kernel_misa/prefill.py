@@ -167,8 +167,8 @@ def topk_prefill(
             topk=topk,
             sample_shift=shift,
             room=capacity >> shift,
-            # More candidates than fit are costly, too many above the high threshold are not while they fit.
-            deviations=3 if topk + topk // 4 <= capacity else 5,
+            # Too many above the high threshold all become candidates: little is lost while they fit.
+            deviations=2 if topk + topk // 4 <= capacity else 3,
             rows=rows,
             bounds=batch + 1,
             slots=count * tile_rows,

@@ -176,6 +176,11 @@ T atomicOr(T* address, T value) {
   return std::exchange(*address, *address | value);
 }
 
+template <typename T>
+T atomicAnd(T* address, T value) {
+  return std::exchange(*address, *address & value);
+}
+
 inline void cudaGridDependencySynchronize() {}
 size_t __cvta_generic_to_shared(const void*);  // of functions that are PTX, which nobody calls here
 

@@ -172,10 +172,10 @@ std::pair<bool, bool> marks(float score, const float* threshold) {
 // `threshold`, then `select` with the scores looked up instead of computed. misled: 1 and 2 are thresholds that bracket nothing.
 template <int KIND>
 bool prefill_select() {
-  constexpr int kThreads = 256, kCapacity = 512;
+  constexpr int kThreads = 256, kCapacity = misa::kSpan;
   const Row row(any_of({2049, 2303, 4097, 8192, 20003, 65537}), KIND);
   const int length = row.length, k = any_of({64, 2048}), shift = any_of({3, 4}), misled = rng() % 6,
-            deviations = any_of({3, 5});
+            deviations = any_of({2, 3});
   std::vector<float> samples;
   for (int i = 0; misa::sample_position(i, shift) < length; ++i)
     samples.push_back(row.scores[misa::sample_position(i, shift)]);
@@ -198,43 +198,51 @@ bool prefill_select() {
       planes[1][word] |= (unsigned)second << bit;
     }
   }
-  std::vector<int> out = output_of(k), positions(kCapacity);
-  std::vector<unsigned> entries(kCapacity);
-  int info[4], count = 0;
-  alignas(8) int state[8];
+  std::vector<int> out = output_of(k);
+  std::vector<unsigned> places(kCapacity), slots(kCapacity);
+  int info[misa::kCandidatesInts], radix[misa::kRadixInts], selected[kThreads / 32], count = 0;
+  const misa::Candidates& candidates = misa::as_candidates(info);
+  // The steps of kernels/select.py.
   emulator::run(1, kThreads, [&](int) {
-    misa::classify<kThreads>(planes[0].data(), planes[1].data(), words, length, k, threshold, scratch, info);
-    const int plane = info[3] == 2;
-    unsigned *const above = planes[plane].data(), *const within = planes[1 - plane].data();
-    const int chunk = info[0] > kCapacity ? kCapacity / 32 : words;
-    misa::radix_begin_between(state, info[1], info[3], threshold);
+    misa::classify<kThreads>(planes[0].data(), planes[1].data(), words, length, k, threshold, scratch, info, selected);
+    misa::radix_begin(radix, info, threshold);
     __syncthreads();
-    for (int digit = 0; digit <= misa::kDigits && info[2] == 0 && info[1] > 0; ++digit) {
-      if (digit < misa::kDigits && misa::radix_state(state)->done) continue;
-      if (digit < misa::kDigits) misa::clear_bins<kThreads>(bins);
-      for (int first = 0; first < words; first += chunk) {
+    const int upper = misa::upper_bracket(info);
+    unsigned *const above = planes[upper].data(), *const within = planes[1 - upper].data();
+    const bool all_fit = misa::num_candidates(info) <= kCapacity;
+    bool searches = true;
+    for (int turn = 0; turn < misa::radix_rounds(info) && searches; ++turn) {
+      searches = misa::radix_searches(radix);
+      misa::clear_bins<kThreads>(bins);
+      for (int first = 0, last = words; first < words; first = last) {
         __syncthreads();
+        if (!all_fit) last = misa::end_of_part<kThreads>(above, within, first, words, kCapacity, scratch);
         if (threadIdx.x == 0) count = 0;
         __syncthreads();
-        misa::collect<kThreads>(above, within, first, min(first + chunk, words), row.pages.data(), positions.data(),
-                                entries.data(), &count);
+        misa::collect<kThreads>(above, within, words, first, last, row.pages.data(), places.data(), slots.data(),
+                                &count);
         __syncthreads();
         for (int i = threadIdx.x; i < count; i += kThreads) {
-          misa::radix_visit(state, digit, misa::ordered(row.scores[positions[i]]), positions[i], bins, above);
+          const unsigned score = misa::ordered(row.scores[misa::position_of(places[i])]);
+          if (searches) {
+            misa::radix_count(radix, score, bins);
+          } else {
+            misa::radix_mark(radix, score, places[i], above, within, selected);
+          }
         }
       }
-      if (digit < misa::kDigits) misa::radix_advance<kThreads>(state, bins, scratch);
+      if (searches) misa::radix_advance<kThreads>(radix, bins, scratch);
     }
     __syncthreads();
-    misa::emit<kThreads>(above, within, words, plane == 1, info[2] == 0 ? 0 : info[1], row.form, row.pages.data(),
-                         row.offset, scratch, out.data());
+    misa::emit<kThreads>(above, within, words, upper, misa::ties_selected(info, radix), selected, row.form,
+                         row.pages.data(), row.offset, scratch, out.data());
   });
   // Nothing but time is lost without a bracket, but well-behaved scores have a narrow one, and so have plateaus.
   const bool bracketed = row.kind == NORMAL || row.kind == RARE || row.kind == ZEROS || row.kind == EQUAL ||
                          row.kind == MOSTLY_ZERO || row.kind == RELU || row.kind == RUNS;
-  if (bracketed && misled > 2 && info[2] == 0 && (info[3] == 0 || info[0] > 3072)) {
-    std::printf("thresholds: kind %d, length %d, k %d: %d candidates, case %d\n", row.kind, length, k, info[0],
-                info[3]);
+  if (bracketed && misled > 2 && !candidates.tied && (candidates.bracket == misa::kNone || candidates.count > 3072)) {
+    std::printf("thresholds: kind %d, length %d, k %d: %d candidates, bracket %d\n", row.kind, length, k,
+                candidates.count, candidates.bracket);
     return false;
   }
   return same("prefill_select", row, k, best(row.scores, length, k), out);
