@@ -31,6 +31,16 @@ def expected(name, inputs, fixed=None, **forced):
     """The definition; `fixed` are the heaviest heads where other rows have fixed them."""
     if name == "hisa":
         return reference.hisa(*inputs, TOPK, **forced)
+    if name in selections.WITH_SHARED_HEAD:
+        slopes, estimates = reference.slopes_and_estimates(*inputs)
+        if name == "half-slopes":
+            slopes, heads = slopes * 0 + 0.5, reference.best_heads(estimates, HEADS - 1)
+        else:
+            heads = random_heads(inputs.lengths, inputs.q.shape[1], HEADS - 1)
+        shared = reference.shared_query(*inputs[:2], slopes, heads)
+        scored = reference.of_heads(*inputs[:2], heads)
+        scores = reference.token_scores(*scored, *inputs[2:4], *shared)
+        return reference.best_of(scores, *inputs, TOPK, **forced)
     if name == "random-heads":
         heads = random_heads(inputs.lengths, inputs.q.shape[1], HEADS)
     else:
@@ -127,20 +137,23 @@ def test_the_heaviest_heads_stay():
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_on_a_gpu_up_to_ties(name):
     inputs = make_inputs("random", 700, 64, 9000).to("cuda")
-    scored, lengths = inputs[:4], inputs.lengths
-    heads = EvaluationIndexer(name, 8, 2048, {}, 0)._heads(inputs.weights, lengths)
-    if heads is not None:
-        scored = *reference.of_heads(*inputs[:2], heads), *inputs[2:4]
-    ours, exact = selections.token_scores(*scored), reference.token_scores(*scored)
-    assert (ours - exact).abs().max() < 1e-4 * exact.abs().max()
     q, weights, index_k, batch = batch_of([make_inputs("random", 700, 64, 9000)])
     tensors = batch.page_table, batch.cu_rows, batch.lengths
     batch = Batch(*(x.cuda() for x in tensors), batch.rows)
     indexer = EvaluationIndexer(name, 8, 2048, {}, 0)
     found = indexer.select(q.cuda(), weights.cuda(), index_k.cuda(), None, batch)
-    wanted = reference.hisa(*inputs, 2048) if heads is None else None
-    if wanted is None:
-        wanted = reference.dsa(*scored, lengths, 2048)
+    scored, shared = inputs[:2], ()
+    if found.heads is not None:
+        scored = reference.of_heads(*scored, found.heads.long())
+    if found.shared_q is not None:
+        shared = found.shared_q, found.shared_scale
+    scored = *scored, *inputs[2:4], *shared
+    ours, exact = selections.token_scores(*scored), reference.token_scores(*scored)
+    assert (ours - exact).abs().max() < 1e-4 * exact.abs().max()
+    if name == "hisa":
+        wanted = reference.hisa(*inputs, 2048)
+    else:
+        wanted = reference.best_of(exact, *inputs, 2048)
     both = (reference.members(x, 9000) for x in (found.indices.long(), wanted))
     assert torch.logical_xor(*both).float().sum(1).max() <= 4
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Dict, Optional
+from typing import Dict, Optional, Tuple
 
 import torch
 
@@ -17,8 +17,11 @@ from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.batch import Batch
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE, read_pages
 from sglang.srt.layers.misa.indexer import Selection
+from sglang.srt.layers.misa.sampled_router import slopes_and_estimates
 from sglang.srt.layers.misa.selection import positions, to_output, topk_mask
 
+# Those with a shared head.
+WITH_SHARED_HEAD = "random-heads-shared", "half-slopes"
 # Scored at a time: 64 MiB in float32, some 600 MiB with all else.
 CHUNK_SCORES = 1 << 24
 # The random heads of a position are those of the one as many tokens before.
@@ -43,15 +46,19 @@ def heaviest_heads(weights: torch.Tensor, count: int) -> torch.Tensor:
     return reference.best_heads(weights.abs().mean(0, keepdim=True), count)[0]
 
 
-def token_scores(q, weights, k, k_scale) -> torch.Tensor:
+def token_scores(q, weights, k, k_scale, *shared) -> torch.Tensor:
     """`reference.token_scores` of FP8 values; on a GPU their products, which bfloat16 holds exactly, add up in float32."""
     if q.device.type == "cpu":
-        return reference.token_scores(q, weights, k, k_scale)
+        return reference.token_scores(q, weights, k, k_scale, *shared)
     scores = torch.zeros(len(q), len(k), device=q.device)
     q, k = q.bfloat16(), k.bfloat16().T
     for head in range(q.shape[1]):
         dots = torch.mm(q[:, head], k, out_dtype=torch.float32)
         scores.addcmul_(weights[:, head, None], dots.relu_())
+    if shared:
+        query, scale = shared
+        dots = torch.mm(query.bfloat16(), k, out_dtype=torch.float32)
+        scores.addcmul_(scale[:, None], dots)
     return scores.mul_(k_scale)
 
 
@@ -82,6 +89,9 @@ class EvaluationIndexer:
     ) -> Selection:
         """Select for all rows of a batch; see `MisaIndexer.select`."""
         heads, lengths = self._heads(weights, batch.lengths), batch.lengths.tolist()
+        shared: Tuple[torch.Tensor, ...] = ()
+        if self.name in WITH_SHARED_HEAD:
+            heads, *shared = self._route(q, weights, index_k, batch)
         selected = torch.empty(len(q), self.topk, dtype=torch.int32, device=q.device)
         for sequence, rows in batch.sequences():
             if rows.start == rows.stop:
@@ -100,19 +110,47 @@ class EvaluationIndexer:
                 else:
                     allowed = reference.visible(seen, tokens)
                     query = reference.of_heads(*query, heads[chunk])
-                scores = token_scores(*query, k[:tokens], k_scale[:tokens])
+                    query += tuple(x[chunk] for x in shared)
+                scores = token_scores(
+                    *query[:2], k[:tokens], k_scale[:tokens], *query[2:]
+                )
                 scores = reference.force(scores, seen, **self.forced)
                 mask = topk_mask(scores, allowed, self.topk)
                 selected[chunk] = positions(mask, self.topk)
         form = output, batch.page_table, batch.cu_rows, offsets
         heads = None if heads is None else heads.int()
-        return Selection(to_output(selected, *form), heads)
+        return Selection(to_output(selected, *form), heads, *shared)
+
+    def _route(
+        self,
+        q: torch.Tensor,
+        weights: torch.Tensor,
+        index_k: torch.Tensor,
+        batch: Batch,
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The routed heads of each row, int64 [T, active_heads - 1], and its shared head: shared_q and shared_scale."""
+        slopes, estimates = torch.empty_like(weights), torch.empty_like(weights)
+        for sequence, rows in batch.sequences():
+            slopes[rows], estimates[rows] = slopes_and_estimates(
+                q[rows],
+                weights[rows],
+                index_k,
+                batch.page_table[sequence],
+                batch.lengths[rows],
+            )
+        count = self.active_heads - 1
+        if self.name == "half-slopes":
+            heads = reference.best_heads(estimates, count)
+            slopes.fill_(0.5)
+        else:
+            heads = random_heads(batch.lengths, weights.shape[1], count)
+        return heads, *reference.shared_query(q, weights, slopes, heads)
 
     def _heads(
         self, weights: torch.Tensor, lengths: torch.Tensor
     ) -> Optional[torch.Tensor]:
-        """The heads that score each row, int64 [T, active_heads]; None for all of them."""
-        if self.name == "hisa":
+        """The heads that score each row, int64 [T, active_heads]; None for all of them, or where a router chooses them."""
+        if self.name == "hisa" or self.name in WITH_SHARED_HEAD:
             return None
         if self.name == "random-heads":
             return random_heads(lengths, weights.shape[1], self.active_heads)
