@@ -91,7 +91,8 @@ class EvaluationIndexer:
         heads, lengths = self._heads(weights, batch.lengths), batch.lengths.tolist()
         shared: Tuple[torch.Tensor, ...] = ()
         if self.name in WITH_SHARED_HEAD:
-            heads, *shared = self._route(q, weights, index_k, batch)
+            heads, *rest = self._route(q, weights, index_k, batch)
+            shared = tuple(rest)
         selected = torch.empty(len(q), self.topk, dtype=torch.int32, device=q.device)
         for sequence, rows in batch.sequences():
             if rows.start == rows.stop:
