@@ -15,6 +15,7 @@ from hopper import needs_hopper
 from sgl_kernel_misa import decode
 from sgl_kernel_misa import device as devices
 from sgl_kernel_misa import library, pooled_keys, prefill, reranking, routing
+from sgl_kernel_misa.constants import RERANK_CAPACITIES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TOKENS, HEADS, SEQUENCES, PAGES = 12, 64, 3, 40
@@ -387,7 +388,13 @@ def test_launches_fit_the_kernels(launches, sms):
         "decode_score_8",
         f"decode_select_{few}",
     ]
-    for count, capacity in ((1, 8192), (8192, 8192), (8193, 16_384)):
+    some, more, most = RERANK_CAPACITIES
+    for count, capacity in (
+        (1, some),
+        (some, some),
+        (some + 1, more),
+        (more + 1, most),
+    ):
         candidates = torch.zeros(TOKENS, count, dtype=torch.int32)
         assert names("rerank", candidates=candidates) == [f"rerank_64_{capacity}_8"]
 
