@@ -452,6 +452,19 @@ def test_rows_of_a_sequence_in_decode(launches, rows, compiled, batch, ranks):
         assert names[-1].startswith("decode_select_")
 
 
+@pytest.mark.parametrize("sms", [H100, H20])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch", [1, 32, 100])
+def test_the_router_of_decode_uses_the_device(launches, rows, batch, sms):
+    """Tiles of rows of one sequence that hold every row once, and as many at once as the device holds."""
+    given = sequences_of_rows(batch, rows)
+    (_, router), *_ = launches("route_sampled_topk_decode", sms, **given)
+    parts, rest = divmod(router["tiles"], batch)
+    assert rest == 0
+    assert (parts - 1) * router["tile_rows"] < rows <= parts * router["tile_rows"]
+    assert parts == rows or router["tiles"] * 2 > min(batch * rows, 2 * sms)
+
+
 def test_grids_follow_the_device(launches):
     for sms in (H100, H20):
         (_, score), _ = launches("topk_decode", sms)
