@@ -184,6 +184,19 @@ def test_a_subclass_with_a_method_of_its_own():
         patching.check_objects(Model(Indexer), OtherPool())
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_indexers_of_another_class(beside):
+    """In all layers of a model, or in some."""
+
+    class IndexerKPool(torch.nn.Module):
+        pass
+
+    model = Model(Indexer) if beside else torch.nn.Module()
+    model.other = IndexerKPool()
+    with pytest.raises(RuntimeError, match="indexers of the class IndexerKPool, which"):
+        patching.check_objects(model, None)
+
+
 def test_a_model_or_a_pool_without_an_indexer():
     with pytest.raises(RuntimeError, match="no DSA indexer"):
         patching.check_objects(torch.nn.Linear(1, 1), None)

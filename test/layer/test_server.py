@@ -227,7 +227,7 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
         tmp_path,
         *misa_args(config),
         *("--chunked-prefill-size", "512", "--enable-mixed-chunk"),
-        "--enable-metrics",
+        *("--enable-metrics", "--misa-audit-interval", "1"),
     ) as server:
         info, metrics = server.info, server.metrics()
         given, size = dict(info["misa"]), info["misa"]["pooled_keys_bytes"]
@@ -258,6 +258,7 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
             assert all(a.result() for a in (first, *others))
         records, state = server.records(), server.get("/get_server_info").json()
         exported = server.get("/metrics").text
+        check_audit(server)
     check_records(records, config, TOPK)
     assert any(r["heads"] is not None for r in records)
     assert any(r["decode"] for r in records)
@@ -280,6 +281,62 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
     labels = f'decode="{config.decode}"', f'router="{config.router}"'
     (line,) = [x for x in exported.splitlines() if x.startswith("sglang:misa_info{")]
     assert all(label in line for label in labels)
+
+
+def audited(server):
+    """What the server's audits counted in each layer: rows, tokens, those selected, and the rows of each head."""
+    (state,) = server.get("/get_server_info").json()["internal_states"]
+    return {
+        x["layer"]: torch.tensor([x["rows"], x["tokens"], x["selected"], *x["heads"]])
+        for x in state["misa_audit"]
+    }
+
+
+def counted(record):
+    """The same of a record, by the reference."""
+    q, weights, k, k_scale, lengths = (
+        record[name] for name in ("q", "weights", "k", "k_scale", "lengths")
+    )
+    wanted = reference.dsa(q, weights, k, k_scale, lengths, TOPK)
+    wanted, chosen = (
+        reference.members(x.long(), len(k)) for x in (wanted, record["positions"])
+    )
+    rows = torch.tensor([len(q), wanted.sum(), (wanted & chosen).sum()])
+    heads = torch.bincount(record["heads"].flatten(), minlength=q.shape[1])
+    return torch.cat([rows, heads])
+
+
+def check_audit(server):
+    """All of a few rows are audited: what is exported is what the reference counts."""
+    before = audited(server)
+    assert len(before) == LAYERS and all(counts[0] > 0 for counts in before.values())
+    server.forget()
+    # As much of it as an earlier prompt had in whole pages is cached.
+    answer = server.generate(tokens(1300, 1300)[:1290], 3)
+    assert cached(answer) == 1280
+    after, exported = audited(server), server.get("/metrics").text
+    values = {
+        (sample.name.removeprefix("sglang:misa_audit_"), sample.labels["layer"])
+        + ((sample.labels["misa"],) if "misa" in sample.labels else ()): sample.value
+        for family in text_string_to_metric_families(exported)
+        for sample in family.samples
+        if sample.name.startswith("sglang:misa_audit_")
+    }
+    records = [record for record in server.records() if record["heads"] is not None]
+    assert len(records[0]["q"]) == 10
+    for layer in range(LAYERS):
+        found = [counted(x) for x in records if x["layer_id"] == layer]
+        assert torch.equal(after[layer] - before[layer], sum(found))
+        rows, tokens, selected, *heads = after[layer].tolist()
+        _, last_tokens, last_selected, *_ = found[-1].tolist()
+        assert selected < tokens, "a comparison with itself would show nothing"
+        assert values["recall", str(layer)] == last_selected / last_tokens
+        assert values["rows_total", str(layer)] == rows
+        assert values["tokens_total", str(layer), "selected"] == selected
+        assert values["tokens_total", str(layer), "missed"] == tokens - selected
+        assert values["heads", str(layer)] == sum(n > 0 for n in heads)
+        assert values["busiest_head", str(layer)] == max(heads) / rows
+    assert "MISA audit, #row: 20, recall: " in server.log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_defaults(parse):
     args = parse()
     assert args.enable_misa
     assert args.misa_block_size is None and args.misa_min_context is None
+    assert args.misa_audit_interval == 0
     config = module.misa_config(args)
     assert config == MisaConfig(
         router="sampled",
@@ -99,6 +100,7 @@ def test_values_at_the_bounds_are_accepted(parse):
         f"--misa-rerank-candidates {MAX_CONTEXT}",
         "--misa-min-context 0",
         "--misa-min-context 4096",
+        "--misa-audit-interval 1",
     ):
         parse(flags)
 
@@ -126,6 +128,7 @@ def test_values_at_the_bounds_are_accepted(parse):
         ("--misa-rerank-candidates 255", "at least 256"),
         ("--misa-rerank-candidates -1", "at least 256"),
         ("--misa-min-context -1", "use 0"),
+        ("--misa-audit-interval -1", "use 0"),
     ],
 )
 def test_bad_values(parse, flags, remedy):
@@ -389,6 +392,18 @@ def test_a_model_without_dsa(parse, tiny_model, tmp_path):
     assert "DeepSeek Sparse Attention" in message and "drop --enable-misa" in message
 
 
+@pytest.mark.parametrize(
+    "architecture", ["DeepseekV4ForCausalLM", "Glm5NextForCausalLM"]
+)
+def test_a_model_with_another_indexer(parse, architecture, monkeypatch):
+    args = parse()
+    hf_config = copy.copy(args.get_model_config().hf_config)
+    hf_config.architectures = [architecture]
+    monkeypatch.setattr(args.get_model_config(), "hf_config", hf_config)
+    message = refusal(module.check_misa_server_args, args)
+    assert f"({architecture}) is not; drop --enable-misa" in message
+
+
 @pytest.mark.parametrize("name", ["index_n_heads", "index_topk"])
 @pytest.mark.parametrize("value", [None, 0, -1, "64", 64.0, True, [64]])
 def test_a_model_whose_config_is_wrong(parse, name, value, monkeypatch):
@@ -516,6 +531,7 @@ def test_help_lists_the_arguments():
         "--misa-rerank-candidates",
         "--misa-min-context",
         "--misa-decode",
+        "--misa-audit-interval",
     ):
         assert flag in result.stdout
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Iterator, List, Optional, Tuple
 
@@ -50,6 +52,32 @@ class Batch:
             bounds=(min(least, length), min(largest, length)),
         )
 
+    def only(self, rows: List[int]) -> Tuple[Batch, torch.Tensor]:
+        """Some of the rows, given in ascending order, and where they are among all: int64 [len(rows)] on the device."""
+        starts = list(itertools.accumulate(self.rows, initial=0))
+        counts = [
+            bisect.bisect_left(rows, stop) - bisect.bisect_left(rows, start)
+            for start, stop in zip(starts, starts[1:])
+        ]
+        sequences = [sequence for sequence, count in enumerate(counts) if count]
+        counts = [counts[sequence] for sequence in sequences]
+        index = self._on_device(rows, torch.int64)
+        cu_rows = list(itertools.accumulate(counts, initial=0))
+        batch = replace(
+            self,
+            page_table=self.page_table[self._on_device(sequences, torch.int64)],
+            cu_rows=self._on_device(cu_rows, torch.int32),
+            lengths=self.lengths[index],
+            rows=counts,
+        )
+        return batch, index
+
+    def _on_device(self, values: List[int], dtype: torch.dtype) -> torch.Tensor:
+        # From pinned memory the host need not wait for the copy.
+        device = self.lengths.device
+        pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+        return pinned.to(device, non_blocking=True)
+
 
 def rows_below(metadata: DSAIndexerMetadata, length: int) -> int:
     """How many rows of an extend batch see fewer tokens than `length`, from what the host knows."""
@@ -59,6 +87,16 @@ def rows_below(metadata: DSAIndexerMetadata, length: int) -> int:
         min(count, max(0, length - 1 - (seq_len - count)))
         for seq_len, count in zip(seq_lens, rows)
     )
+
+
+def rows_from(metadata: DSAIndexerMetadata, length: int) -> List[range]:
+    """Which rows of an extend batch see at least `length` tokens, a range of them a sequence, from what the host knows."""
+    ranges, stop = [], 0
+    seq_lens = metadata.get_indexer_seq_len_cpu().tolist()
+    for seq_len, count in zip(seq_lens, metadata.get_dsa_extend_len_cpu()):
+        stop += count
+        ranges.append(range(stop - min(count, max(0, seq_len - length + 1)), stop))
+    return ranges
 
 
 def extend_batch(metadata: DSAIndexerMetadata) -> Batch:

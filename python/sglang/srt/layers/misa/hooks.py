@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 
 import torch
 
+from sglang.srt.layers.misa.audit import AUDIT
 from sglang.srt.layers.misa.batch import (
     Batch,
     attention_output,
     decode_batch,
     extend_batch,
     rows_below,
+    rows_from,
 )
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
-from sglang.srt.layers.misa.metrics import ROWS, export
-from sglang.srt.layers.misa.patching import check_engaged, check_objects
+from sglang.srt.layers.misa.metrics import ROWS, AuditMetrics, export
+from sglang.srt.layers.misa.patching import check_engaged, check_objects, indexers
 from sglang.srt.layers.misa.pooled_keys import BYTES_PER_TOKEN, PooledKeys
 from sglang.srt.layers.misa.server_args import misa_config
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
     from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+    from sglang.srt.managers.scheduler_components.metrics_reporter import (
+        SchedulerMetricsReporter,
+    )
     from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -153,6 +158,8 @@ def _selected(
         indices = selection.indices
         if batch.bounds is not None:
             _count(call, config, selection)
+        if AUDIT.interval:
+            _audit(call, config, batch, selection, output, offsets)
     if out is None:
         if rows == len(call.q):
             return indices
@@ -172,6 +179,35 @@ def _count(call: Call, config: MisaConfig, selection: Selection) -> None:
     ROWS.add("misa", rows - by_all)
 
 
+def _audit(
+    call: Call,
+    config: MisaConfig,
+    batch: Batch,
+    selection: Selection,
+    output: str,
+    offsets: Optional[torch.Tensor],
+) -> None:
+    """Where it is due, compare what was selected for some of the routed rows with what all heads select."""
+    decode = batch.bounds is None
+    if selection.heads is None or not AUDIT.is_due(call.indexer, decode):
+        return
+    if decode:
+        rows = [range(len(batch.lengths))]
+    else:
+        # Of a row that sees at most topk tokens all are selected, whichever heads score them.
+        rows = rows_from(call.metadata, max(config.min_context, call.topk + 1))
+    AUDIT.compare(
+        layer_id=call.layer_id,
+        indexer=MisaIndexer(config=config, topk=call.topk, forced=call.forced),
+        tensors=call.tensors(len(batch.lengths)),
+        batch=batch,
+        rows=rows,
+        selection=selection,
+        output=output,
+        offsets=offsets,
+    )
+
+
 def select(
     call: Call,
     config: MisaConfig,
@@ -183,6 +219,42 @@ def select(
     indexer = MisaIndexer(config=config, topk=call.topk, forced=call.forced)
     tensors = call.tensors(len(batch.lengths))
     return indexer.select(**tensors, batch=batch, output=output, offsets=offsets)
+
+
+# The audit
+
+
+def audited_outside_of_the_graph(original, graphs, forward_batch: ForwardBatch) -> bool:
+    """Around `DecodeCudaGraphRunner.can_run_graph`: an audited decode step runs eagerly, and so do ranks that idle in it."""
+    if (
+        AUDIT.interval
+        and forward_batch.forward_mode.is_decode_or_idle()
+        and AUDIT.decode_is_due()
+    ):
+        return False
+    return original(graphs, forward_batch)
+
+
+def report_audits(_, reporter: SchedulerMetricsReporter, *args, **kwargs) -> None:
+    """After `SchedulerMetricsReporter.report_prefill_stats` and `report_decode_stats`."""
+    if AUDIT.interval:
+        AUDIT.collect(log=reporter.is_stats_logging_rank)
+
+
+def start_audit(scheduler: Any, config: MisaConfig) -> None:
+    """Audit the target model's layers from now on, if the server's arguments ask for it."""
+    args, collector = scheduler.server_args, scheduler.metrics_collector
+    if not args.misa_audit_interval:
+        return
+    runner = scheduler.tp_worker.model_runner
+    AUDIT.start(
+        args.misa_audit_interval,
+        indexers=frozenset(indexers(runner.model)),
+        step=lambda: runner.forward_pass_id,
+        # A speculative step's metadata are made for a graph or not before the step is counted.
+        decode=config.decode == "misa" and args.speculative_algorithm is None,
+        export=None if collector is None else AuditMetrics(collector.labels).export,
+    )
 
 
 # Pooled keys
@@ -270,6 +342,7 @@ def report(info: Dict[str, Any], scheduler: Any) -> Optional[Dict[str, Any]]:
     announce(config, size)
     if scheduler.metrics_collector is not None:
         export(config, size, scheduler.metrics_collector.labels)
+    start_audit(scheduler, config)
     return {**info, "misa": {**asdict(config), "pooled_keys_bytes": size}}
 
 
@@ -280,6 +353,13 @@ def announce(config: MisaConfig, pooled_keys_bytes: int) -> None:
 
 
 def report_rows(state: GetInternalStateReqOutput, scheduler: Any, _) -> None:
-    """After `Scheduler.get_internal_state`: add what `metrics.ROWS` counted so far."""
-    if misa_config(scheduler.server_args) is not None:
-        state.internal_state["misa_rows"] = dict(ROWS.counts)
+    """After `Scheduler.get_internal_state`: add what `metrics.ROWS` and the audit counted so far."""
+    if misa_config(scheduler.server_args) is None:
+        return
+    state.internal_state["misa_rows"] = dict(ROWS.counts)
+    if AUDIT.interval:
+        AUDIT.collect(log=scheduler.metrics_reporter.is_stats_logging_rank)
+        state.internal_state["misa_audit"] = [
+            {"layer": layer_id, **asdict(counts)}
+            for layer_id, counts in sorted(AUDIT.layers.items())
+        ]

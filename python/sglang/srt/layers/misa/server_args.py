@@ -81,6 +81,11 @@ class MisaArguments(_Behind):
         "What selects in decode: 'dsa' is SGLang's own indexer, with all heads, for reading the keys is the cost there, and fewer heads save none of it; 'misa' routes as prefill does.",
         NS("exec.kernel"),
     ] = "dsa"
+    misa_audit_interval: A[
+        int,
+        "Every so many forward steps, select some routed rows of a prompt by all heads as well, and log and export what MISA missed (see --enable-metrics); 0 is never. With --misa-decode misa and without speculative decoding, decode is audited too, in steps that then run outside of the CUDA graph.",
+        NS("exec.kernel"),
+    ] = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -352,6 +357,10 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
     if args.misa_min_context is not None and args.misa_min_context < 0:
         raise ValueError(
             f"--misa-min-context {args.misa_min_context} is negative; use 0 to route every prompt token."
+        )
+    if args.misa_audit_interval < 0:
+        raise ValueError(
+            f"--misa-audit-interval {args.misa_audit_interval} is negative; use 0 to audit nothing."
         )
 
 
