@@ -12,7 +12,7 @@ from test_hooks import CONFIG, EXTENDS, HEADS, LAYER, LENGTHS, PAGED, TOPK, Batc
 from sglang.srt.environ import envs
 from sglang.srt.layers.misa import audit, hooks, reference
 from sglang.srt.layers.misa.audit import Audit, Counts, Step
-from sglang.srt.layers.misa.batch import rows_from
+from sglang.srt.layers.misa.batch import Batch as AllRows
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -83,6 +83,8 @@ def test_counts_are_those_of_the_reference(
     audited = started(batch)
     lengths = torch.cat([s.lengths for s in batch.sequences])
     routed = (lengths > TOPK).nonzero()[:, 0].tolist()
+    chosen = range(len(rows)) if decode else audit.spread(sum(rows), 16, seed=7)
+    routed = [row for row in chosen if row in routed]
     select = batch.select_paged if decode else batch.select_ragged
     with envs.SGLANG_DSA_FUSE_TOPK.override(fused):
         select(method=PAGED, unfused=not fused)
@@ -91,11 +93,7 @@ def test_counts_are_those_of_the_reference(
     audited.collect()
     counts = audited.layers[LAYER]
     assert list(audited.layers) == [LAYER]
-    if not decode:
-        chosen = audit.spread(rows_from(batch.metadata(PAGED), TOPK + 1), 16, seed=7)
-        assert len(chosen) == counts.rows > 12 and set(chosen) <= set(routed)
-        routed = chosen
-    assert counts.rows == len(routed)
+    assert counts.rows == len(routed) > 2
     wanted, selected = by_reference(batch, routed)
     assert counts.tokens == wanted == TOPK * len(routed)
     assert 0.3 < selected / wanted < 1, "a comparison with itself would show nothing"
@@ -107,23 +105,15 @@ def test_counts_are_those_of_the_reference(
     assert len(counts.heads) == HEADS and sum(counts.heads) == slots * len(routed)
 
 
-def test_rows_below_min_context_are_not_audited(monkeypatch, started):
+def test_rows_below_min_context_are_not_counted(monkeypatch, started):
     config = replace(CONFIG, min_context=200)
     batch = Batch(LENGTHS, EXTENDS, "cpu", monkeypatch, config=config)
     audited = started(batch)
     batch.select_ragged(method=PAGED)
-    # 101 rows of the first sequence see as many tokens, and 3 of the last.
-    ranges = rows_from(batch.metadata(PAGED), 200)
-    assert ranges == [
-        range(199, 300),
-        range(301, 301),
-        range(341, 341),
-        range(341, 344),
-    ]
     audited.collect()
-    rows = audit.spread(ranges, 16, seed=7)
-    lengths = torch.cat([s.lengths for s in batch.sequences])[rows]
-    assert audited.layers[LAYER].rows == len(rows) and lengths.min() >= 200
+    lengths = torch.cat([s.lengths for s in batch.sequences])
+    rows = [x for x in audit.spread(len(lengths), 16, 7) if lengths[x] >= 200]
+    assert 0 < audited.layers[LAYER].rows == len(rows) < 16
     expected = by_reference(batch, rows)
     assert (audited.layers[LAYER].tokens, audited.layers[LAYER].selected) == expected
 
@@ -179,8 +169,8 @@ def test_what_is_not_audited(monkeypatch, started):
 def test_off_nothing_is_looked_at(monkeypatch):
     batch = Batch(LENGTHS, EXTENDS, "cpu", monkeypatch)
     assert hooks.AUDIT.interval == 0
-    monkeypatch.setattr(hooks, "_audit", None)
-    monkeypatch.setattr(Audit, "collect", None)
+    for name in ("is_due", "compare", "collect"):
+        monkeypatch.setattr(Audit, name, None)
     batch.select_ragged(method=PAGED)
     hooks.report_audits(None, None)
 
@@ -231,36 +221,39 @@ def test_collect(caplog):
     assert audited.layers[0] == Counts(4, 20, 14, [2, 2])
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [3], [16], [17], [5, 0, 300, 1], [8192]])
-def test_spread(sizes):
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    # With a gap in front of each: what is left out.
-    ranges = [
-        range(10 * i + e - n, 10 * i + e) for i, (n, e) in enumerate(zip(sizes, ends))
-    ]
-    every = [row for part in ranges for row in part]
-    for seed in range(20):
-        chosen = [every.index(row) for row in audit.spread(ranges, 16, seed)]
-        assert len(chosen) <= 16 and len(chosen) >= min(len(every), 8)
-        steps = {b - a for a, b in zip(chosen, chosen[1:])}
-        assert len(steps) <= 1 and not any(step <= 0 for step in steps)
-    if len(every) > 16:
-        assert len({tuple(audit.spread(ranges, 16, seed)) for seed in range(20)}) > 1
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 300, 8192])
+def test_spread(rows):
+    found = [audit.spread(rows, 16, seed) for seed in range(20)]
+    for chosen in found:
+        assert min(rows, 8) <= len(chosen) <= 16
+        assert 0 <= chosen[0] and chosen[-1] < rows
+        assert len({b - a for a, b in zip(chosen, chosen[1:])}) <= 1
+    assert len({tuple(chosen) for chosen in found}) > 1 or rows <= 16
 
 
-@pytest.mark.parametrize("rows, length", [([3, 5], 0), ([3, 5], 8), ([8, 0], 100)])
-def test_rows_from(rows, length):
-    seq_lens = torch.tensor([10, 9])
-    metadata = SimpleNamespace(
-        get_dsa_extend_len_cpu=lambda: rows, get_indexer_seq_len_cpu=lambda: seq_lens
+@pytest.mark.parametrize("rows", [[0], [2, 3, 4], [5, 8], [0, 2, 4, 6, 8]])
+def test_some_rows_of_a_batch(rows):
+    """With sequences that have no rows, before and between others."""
+    counts = [0, 3, 0, 2, 4]
+    owner = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    batch = AllRows(
+        page_table=torch.arange(5, dtype=torch.int32)[:, None],
+        cu_rows=torch.tensor([0, *counts]).cumsum(0).int(),
+        lengths=torch.arange(9, dtype=torch.int32) + 10,
+        rows=counts,
+        bounds=(10, 18),
     )
-    seen = [
-        length
-        for end, count in zip(seq_lens.tolist(), rows)
-        for length in range(end - count + 1, end + 1)
-    ]
-    found = [row for part in rows_from(metadata, length) for row in part]
-    assert found == [row for row, x in enumerate(seen) if x >= length]
+    some, index = batch.only(rows)
+    assert index.tolist() == rows and some.bounds == batch.bounds
+    assert some.lengths.tolist() == [row + 10 for row in rows]
+    pages = some.page_table[:, 0].repeat_interleave(torch.tensor(some.rows))
+    assert pages.tolist() == owner[rows].tolist() and all(some.rows)
+    assert some.cu_rows.tolist() == [0, *torch.tensor(some.rows).cumsum(0)]
+    # In decode each row has pages of its own.
+    decode = replace(batch, page_table=owner.int()[:, None], bounds=None)
+    some, _ = decode.only(rows)
+    assert some.page_table[:, 0].tolist() == owner[rows].tolist()
+    assert some.rows == [1] * len(rows) and len(some.cu_rows) == len(rows) + 1
 
 
 @needs_gpu

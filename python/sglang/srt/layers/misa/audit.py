@@ -126,9 +126,9 @@ class Audit:
         """
         return self._decode and self._step() % self.interval == 0
 
-    def is_due(self, indexer: Any, decode: bool) -> bool:
+    def is_due(self, indexer: Any, batch: Batch) -> bool:
         """Whether a call of the indexer is to be audited. A prompt's is in the first step after the interval that has one."""
-        if decode:
+        if batch.bounds is None:
             due = self.decode_is_due()
         else:
             # Negative where SGLang counts its steps anew.
@@ -139,34 +139,38 @@ class Audit:
         self,
         layer_id: int,
         indexer: MisaIndexer,
-        tensors: Dict[str, torch.Tensor],
-        batch: Batch,
-        rows: List[range],
         selection: Selection,
+        *,
+        q: torch.Tensor,
+        weights: torch.Tensor,
+        index_k: torch.Tensor,
+        pooled_keys: Optional[torch.Tensor],
+        batch: Batch,
         output: str,
         offsets: Optional[torch.Tensor],
     ) -> None:
-        """Select some rows of a layer's call by all heads, and count what both selections have.
+        """Select some rows by all heads too, and count what both selections have.
 
         Args:
-            tensors: q, weights, index_k: as `MisaIndexer.select` was given them.
-            rows: the rows that may be taken.
-            selection: what it selected, by routed heads; with `output` and `offsets`, the form.
+            selection: what the indexer selected, given the arguments that follow; see `MisaIndexer.select`.
         """
-        assert selection.heads is not None, "nothing was routed"
-        number = self._step()
-        chosen = spread(rows, ROWS, seed=number)
-        if not chosen:
+        config, topk = indexer.config, indexer.topk
+        # Of a row that sees fewer tokens all are selected, whichever heads score them, or all heads did.
+        least = topk + 1
+        if batch.bounds is not None:
+            least = max(least, config.min_context)
+            if batch.bounds[1] < least:
+                return
+        if selection.heads is None:
             return
-        self._last = number
-        q = tensors["q"]
-        sample, index = batch.only(chosen)
-        all_heads = replace(indexer.config, active_heads=q.shape[1])
+        number = self._last = self._step()
+        sample, index = batch.only(spread(len(q), ROWS, seed=number))
+        all_heads = replace(config, active_heads=q.shape[1])
         wanted = replace(indexer, config=all_heads).select(
             q=q[index],
-            weights=tensors["weights"][index],
-            index_k=tensors["index_k"],
-            pooled_keys=None,
+            weights=weights[index],
+            index_k=index_k,
+            pooled_keys=pooled_keys,
             batch=sample,
             output=output,
             offsets=None if offsets is None else offsets[index],
@@ -175,8 +179,7 @@ class Audit:
             selection.indices[index],
             wanted.indices,
             selection.heads[index],
-            # Rows of a decode batch may see so few tokens that all are selected, whichever heads score them.
-            sample.lengths > indexer.topk,
+            sample.lengths >= least,
             q.shape[1],
         )
         if not self._pending or self._pending[-1].number != number:
@@ -204,16 +207,11 @@ class Audit:
 AUDIT = Audit()
 
 
-def spread(rows: List[range], count: int, seed: int) -> List[int]:
-    """At most `count` of the rows, ascending, equally far apart; where they begin depends on the seed."""
-    stride = -(-sum(map(len, rows)) // count) or 1
+def spread(rows: int, count: int, seed: int) -> List[int]:
+    """At most `count` of so many rows, equally far apart; where they begin depends on the seed."""
+    stride = -(-rows // count)
     # Chunks of a prompt are alike: without it their rows would always be at the same places of a page.
-    place = random.Random(seed).randrange(stride)
-    chosen: List[int] = []
-    for part in rows:
-        chosen += part[place::stride]
-        place = (place - len(part)) % stride
-    return chosen
+    return list(range(random.Random(seed).randrange(stride), rows, stride))
 
 
 def count(

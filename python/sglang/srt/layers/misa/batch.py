@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Iterator, List, Optional, Tuple
@@ -54,13 +55,11 @@ class Batch:
 
     def only(self, rows: List[int]) -> Tuple[Batch, torch.Tensor]:
         """Some of the rows, given in ascending order, and where they are among all: int64 [len(rows)] on the device."""
-        starts = list(itertools.accumulate(self.rows, initial=0))
-        counts = [
-            bisect.bisect_left(rows, stop) - bisect.bisect_left(rows, start)
-            for start, stop in zip(starts, starts[1:])
-        ]
-        sequences = [sequence for sequence, count in enumerate(counts) if count]
-        counts = [counts[sequence] for sequence in sequences]
+        sequences, counts = rows, [1] * len(rows)
+        if self.bounds is not None:
+            ends = list(itertools.accumulate(self.rows))
+            owners = collections.Counter(bisect.bisect(ends, row) for row in rows)
+            sequences, counts = list(owners), list(owners.values())
         index = self._on_device(rows, torch.int64)
         cu_rows = list(itertools.accumulate(counts, initial=0))
         batch = replace(
@@ -87,16 +86,6 @@ def rows_below(metadata: DSAIndexerMetadata, length: int) -> int:
         min(count, max(0, length - 1 - (seq_len - count)))
         for seq_len, count in zip(seq_lens, rows)
     )
-
-
-def rows_from(metadata: DSAIndexerMetadata, length: int) -> List[range]:
-    """Which rows of an extend batch see at least `length` tokens, a range of them a sequence, from what the host knows."""
-    ranges, stop = [], 0
-    seq_lens = metadata.get_indexer_seq_len_cpu().tolist()
-    for seq_len, count in zip(seq_lens, metadata.get_dsa_extend_len_cpu()):
-        stop += count
-        ranges.append(range(stop - min(count, max(0, seq_len - length + 1)), stop))
-    return ranges
 
 
 def extend_batch(metadata: DSAIndexerMetadata) -> Batch:

@@ -18,7 +18,6 @@ from sglang.srt.layers.misa.batch import (
     decode_batch,
     extend_batch,
     rows_below,
-    rows_from,
 )
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
@@ -158,8 +157,6 @@ def _selected(
         indices = selection.indices
         if batch.bounds is not None:
             _count(call, config, selection)
-        if AUDIT.interval:
-            _audit(call, config, batch, selection, output, offsets)
     if out is None:
         if rows == len(call.q):
             return indices
@@ -179,35 +176,6 @@ def _count(call: Call, config: MisaConfig, selection: Selection) -> None:
     ROWS.add("misa", rows - by_all)
 
 
-def _audit(
-    call: Call,
-    config: MisaConfig,
-    batch: Batch,
-    selection: Selection,
-    output: str,
-    offsets: Optional[torch.Tensor],
-) -> None:
-    """Where it is due, compare what was selected for some of the routed rows with what all heads select."""
-    decode = batch.bounds is None
-    if selection.heads is None or not AUDIT.is_due(call.indexer, decode):
-        return
-    if decode:
-        rows = [range(len(batch.lengths))]
-    else:
-        # Of a row that sees at most topk tokens all are selected, whichever heads score them.
-        rows = rows_from(call.metadata, max(config.min_context, call.topk + 1))
-    AUDIT.compare(
-        layer_id=call.layer_id,
-        indexer=MisaIndexer(config=config, topk=call.topk, forced=call.forced),
-        tensors=call.tensors(len(batch.lengths)),
-        batch=batch,
-        rows=rows,
-        selection=selection,
-        output=output,
-        offsets=offsets,
-    )
-
-
 def select(
     call: Call,
     config: MisaConfig,
@@ -218,7 +186,11 @@ def select(
     """Select for the rows of a batch; see `MisaIndexer.select`. The evaluation hooks in here, where MISA is on."""
     indexer = MisaIndexer(config=config, topk=call.topk, forced=call.forced)
     tensors = call.tensors(len(batch.lengths))
-    return indexer.select(**tensors, batch=batch, output=output, offsets=offsets)
+    given = {**tensors, "batch": batch, "output": output, "offsets": offsets}
+    selection = indexer.select(**given)
+    if AUDIT.interval and AUDIT.is_due(call.indexer, batch):
+        AUDIT.compare(call.layer_id, indexer, selection, **given)
+    return selection
 
 
 # The audit

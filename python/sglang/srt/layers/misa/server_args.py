@@ -275,6 +275,10 @@ REFUSALS = (
         and bool(args.misa_rerank_candidates or args.misa_min_context),
         f"--enable-misa with {EVAL_SELECTION} has a single stage; drop --misa-rerank-candidates and --misa-min-context.",
     ),
+    Refusal(
+        lambda args: _eval_selection() is not None and args.misa_audit_interval > 0,
+        f"--enable-misa with {EVAL_SELECTION} has nothing to audit; drop --misa-audit-interval.",
+    ),
 )
 
 
@@ -361,6 +365,11 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
     if args.misa_audit_interval < 0:
         raise ValueError(
             f"--misa-audit-interval {args.misa_audit_interval} is negative; use 0 to audit nothing."
+        )
+    if args.misa_audit_interval and args.misa_active_heads >= num_heads:
+        raise ValueError(
+            f"--misa-audit-interval {args.misa_audit_interval} compares with all heads, and those of --misa-active-heads "
+            f"{args.misa_active_heads} are all; drop --misa-audit-interval."
         )
 
 

@@ -321,15 +321,15 @@ def _select(
     shared_q, shared_scale = shared
     selected = q.new_full((len(q), topk), -1, dtype=torch.int32)
     for sequence, rows, tokens in _chunks(q.shape[1], cu_rows, lengths):
-        keys, scales = read_pages(
-            index_k, page_table[sequence, : -(-tokens // PAGE_SIZE)]
-        )
-        of_rows = [None if x is None else x[rows] for x in (shared_q, shared_scale)]
-        scores = token_scores(
-            q[rows], weights[rows], keys[:tokens], scales[:tokens], *of_rows
-        )
-        scores = force(scores, lengths[rows], **forced)
-        mask = topk_mask(scores, allowed(rows, tokens), topk)
+        mask = allowed(rows, tokens)
+        # Otherwise all are selected, whatever they score.
+        if tokens > topk:
+            pages = page_table[sequence, : -(-tokens // PAGE_SIZE)]
+            keys, scales = (x[:tokens] for x in read_pages(index_k, pages))
+            of_rows = [None if x is None else x[rows] for x in (shared_q, shared_scale)]
+            scores = token_scores(q[rows], weights[rows], keys, scales, *of_rows)
+            scores = force(scores, lengths[rows], **forced)
+            mask = topk_mask(scores, mask, topk)
         selected[rows] = positions(mask, topk)
     return to_output(selected, output, page_table, cu_rows, offsets)
 
