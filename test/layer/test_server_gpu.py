@@ -126,3 +126,27 @@ def test_decode_in_cuda_graphs(config, family, tiny_model, tmp_path):
             # A wrong length or page table gives what chance gives, about 0.8.
             assert sum(overlaps) / len(overlaps) > 0.9
     assert outputs["slots"] == outputs["positions"]
+
+
+def test_audited_decode_leaves_its_graph(tiny_model, tmp_path):
+    """In steps whose number is a multiple of the interval; all others run in graphs."""
+    with serve(
+        tiny_model("deepseek_v32", LAYERS, TOPK),
+        tmp_path,
+        *misa_args(MisaConfig(decode="misa")),
+        *("--misa-audit-interval", "8", "--enable-metrics"),
+        *("--decode-log-interval", "1"),
+    ) as server:
+        server.generate(tokens(2300), 65)
+        (state,) = server.get("/get_server_info").json()["internal_states"]
+        log = server.log.read_text()
+    steps = [line for line in log.splitlines() if "Decode batch" in line]
+    eager = [line for line in steps if "cuda graph: False" in line]
+    assert len(steps) >= 64 and len(eager) in (8, 9)
+    assert [x["layer"] for x in state["misa_audit"]] == list(range(LAYERS))
+    for counts in state["misa_audit"]:
+        # Beside decode, the rows of the prompt that see more than TOPK tokens.
+        assert counts["rows"] >= 8
+        recall = counts["selected"] / counts["tokens"]
+        print(f"layer {counts['layer']}: {counts['rows']} rows, recall {recall:.4f}")
+        assert 0.5 < recall < 1
