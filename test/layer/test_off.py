@@ -14,9 +14,13 @@ from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang_misa.server import misa_args, serve, server_env, tokens
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="a program and a server of the CPU engine"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="a program and a server of the CPU engine"
+    ),
+    # One worker: the program and the server without MISA run once.
+    pytest.mark.xdist_group("off"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +55,6 @@ VOLATILE = {
     *("random_seed", "port", "nccl_port", "internal_states", "startup_time"),
 }
 
-# One worker runs the tests of the server without MISA.
-WITH_SERVER = pytest.mark.xdist_group("off")
 LAYERS, TOPK = 2, 256
 PROMPT, NEW_TOKENS = 600, 12
 
@@ -86,7 +88,6 @@ def installed(tiny_model, tmp_path_factory):
         return facts(server), chosen(server)
 
 
-@WITH_SERVER
 def test_server(installed, tiny_model, tmp_path):
     """The same outputs, information and metrics as without the plugin."""
     env = {"SGLANG_PLUGINS": "cpu_engine"}
@@ -100,7 +101,6 @@ def test_server(installed, tiny_model, tmp_path):
     assert metrics.keys() == metrics_without.keys()
 
 
-@WITH_SERVER
 def test_all_heads_are_dsa(installed, tiny_model, tmp_path):
     """--misa-active-heads H: SGLang's own selections and output tokens."""
     config = MisaConfig("sampled", 64, decode="misa")
