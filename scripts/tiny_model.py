@@ -141,7 +141,7 @@ def make_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
         normal(f"{indexer}.k_norm.bias", index_dim, std=0.02)
 
     def nextn_layer(prefix: str) -> None:
-        """Drafts by the token's embedding above all, as the model predicts: some drafts are right, and some are wrong."""
+        """Drafts by the token's embedding above all."""
         norm(f"{prefix}.enorm", hidden)
         norm(f"{prefix}.hnorm", hidden)
         normal(f"{prefix}.eh_proj.weight", hidden, 2 * hidden, std=0.2 * hidden**-0.5)
@@ -154,9 +154,16 @@ def make_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
         for name in ("shared_experts", *(f"experts.{i}" for i in range(experts))):
             mlp(f"{moe}.{name}", config["moe_intermediate_size"])
         norm(f"{prefix}.shared_head.norm", hidden)
+        # What its attention and experts add is small.
+        outputs = "o_proj.weight", "down_proj.weight"
+        for name in weights:
+            if name.startswith(prefix) and name.endswith(outputs):
+                weights[name] *= 0.1
 
     layers = config["num_hidden_layers"]
-    normal("model.embed_tokens.weight", config["vocab_size"], hidden, std=1.0)
+    # A draft knows the token, and not what the layers add to it: the more the token decides, the more drafts are right.
+    embedding = 3.0 if config["num_nextn_predict_layers"] else 1.0
+    normal("model.embed_tokens.weight", config["vocab_size"], hidden, std=embedding)
     for layer in range(layers):
         attention_layer(f"model.layers.{layer}")
         mlp(f"model.layers.{layer}.mlp", config["intermediate_size"])

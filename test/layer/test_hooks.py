@@ -282,7 +282,8 @@ def test_sglangs_own_selection_is_recorded(device, monkeypatch, tmp_path):
     q, weights = batch.stacked("q", 0), batch.stacked("weights", 0)[:, :, None]
 
     def after(rids, **metadata):
-        args = batch.indexer, False, SimpleNamespace(rids=rids, spec_info=None), LAYER, q, weights
+        forward_batch = SimpleNamespace(rids=rids, spec_info=None)
+        args = batch.indexer, False, forward_batch, LAYER, q, weights
         recording.after_ragged(chosen, *args, batch.metadata(PAGED, **metadata), None)
 
     # The warm-up of a CUDA graph, which belongs to no request.

@@ -15,7 +15,7 @@ CUDA graphs. They are `torch.ops.sgl_kernel_misa.*` as well. Shapes used through
     shared_scale float32 [T], its scale
 
 What they can do, which needs no GPU and no compiled kernels to know: HEADS, the numbers of heads H; MAX_TOPK and
-TOPK_MULTIPLE, the largest `topk` and what each is a multiple of; MAX_ROWS, the most `rows_per_seq`.
+TOPK_MULTIPLE, the largest `topk` and what each is a multiple of; MAX_ROWS, the most rows a sequence in decode.
 
 Source of the method: MISA, arXiv 2605.07363.
 """

@@ -53,6 +53,7 @@ ROPE = "sglang.srt.layers.rotary_embedding"
 # fmt: off
 PATCHES = [
     Patch("torch.cuda.get_device_capability", lambda device=None: (9, 0), "the DSA backend and its defaults ask for it"),
+    Patch("torch.cuda.synchronize", lambda device=None: None, "a draft model waits before it shares the embeddings"),
     # The indexer takes its CUDA branches.
     Patch(f"{INDEXER}._is_cuda", True, "gates the CUDA branches"),
     Patch(f"{INDEXER}.Indexer.dispatch_forward", lambda self: self.forward_cuda, "forward_native raises"),
