@@ -22,14 +22,13 @@ class Batch:
     passes of speculative decoding that have several rows a sequence, target verify and draft extend.
 
     Attributes:
-        page_table: int32 [B, P], the pages of each sequence; columns behind a sequence's last page hold anything. In decode
-            as SGLang has it: [T, P], each row's own.
-        cu_rows: int32 [B + 1], the rows of sequence b are cu_rows[b] .. cu_rows[b + 1]. In decode it goes with the page
-            table: [T + 1], as if each row were a sequence.
+        page_table: int32 [B, P], the pages of each sequence; columns behind a sequence's last page hold anything.
+        cu_rows: int32 [B + 1], the rows of sequence b are cu_rows[b] .. cu_rows[b + 1].
         lengths: int32 [T], tokens visible to each row, non-decreasing within a sequence; in decode 0 for some padding rows.
         rows: the number of rows of each sequence, on the host.
         bounds: the least and the largest of the lengths where the host knows them (extend); None in decode.
         rows_per_seq: in decode, the number of rows of every sequence.
+        by_row: in decode, page_table and cu_rows as SGLang has them, [T, P] and [T + 1], as if each row were a sequence.
     """
 
     page_table: torch.Tensor
@@ -38,17 +37,13 @@ class Batch:
     rows: List[int]
     bounds: Optional[Tuple[int, int]] = None
     rows_per_seq: int = 1
+    by_row: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
 
-    @property
-    def folded_page_table(self) -> torch.Tensor:
-        """The page table with one row a sequence: a kernel that is given it reads the keys of a sequence once."""
-        return self.page_table[:: self.rows_per_seq]
-
-    def sequences(self) -> Iterator[Tuple[slice, torch.Tensor]]:
-        """Each sequence's rows, and its pages (int32 [P])."""
+    def sequences(self) -> Iterator[Tuple[int, slice]]:
+        """Each sequence's place in the batch, and its rows."""
         start = 0
-        for count, pages in zip(self.rows, self.folded_page_table):
-            yield slice(start, start + count), pages
+        for index, count in enumerate(self.rows):
+            yield index, slice(start, start + count)
             start += count
 
     def truncated(self, length: int) -> Batch:
@@ -96,12 +91,16 @@ def decode_batch(metadata: DSAIndexerMetadata) -> Batch:
     # between eager passes and CUDA graphs.
     sequences = len(metadata.get_seqlens_int32())
     rows_per_seq = len(lengths) // sequences if sequences else 1
+    # Folded, a kernel reads the keys of a sequence once. These are views: a CUDA graph gets no node for them.
+    page_table = metadata.get_page_table_64()
+    cu_rows = metadata.attn_metadata.cu_seqlens_q
     return Batch(
-        page_table=metadata.get_page_table_64(),
-        cu_rows=metadata.attn_metadata.cu_seqlens_q,
+        page_table=page_table[::rows_per_seq],
+        cu_rows=cu_rows[::rows_per_seq],
         lengths=lengths,
         rows=[rows_per_seq] * sequences,
         rows_per_seq=rows_per_seq,
+        by_row=(page_table, cu_rows),
     )
 
 

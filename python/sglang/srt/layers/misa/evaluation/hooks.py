@@ -150,7 +150,7 @@ class Recording:
         """Record every request's rows, those that all heads scored by themselves."""
         pool = get_token_to_kv_pool()
         # Sequences behind the last request are padding.
-        for rid, (rows, pages) in zip(call.forward_batch.rids, batch.sequences()):
+        for rid, (index, rows) in zip(call.forward_batch.rids, batch.sequences()):
             routed = selection.heads, selection.shared_q, selection.shared_scale
             nothing = None, None, None
             parts = [(rows, routed)]
@@ -177,7 +177,7 @@ class Recording:
                     weights=call.weights[part].squeeze(-1),
                     lengths=batch.lengths[part],
                     index_k=pool.get_index_k_with_scale_buffer(call.layer_id),
-                    page_table=pages,
+                    page_table=batch.page_table[index],
                     pooled_keys=None if router is None else call.pooled_keys,
                     heads=heads,
                     shared_q=shared_q,
@@ -207,14 +207,14 @@ class Recording:
         q = torch.cat(parts, dim=-1)
         metadata = backend.get_indexer_metadata(layer.layer_id, forward_batch)
         batch = extend_batch(metadata)
-        for rid, (rows, pages) in zip(forward_batch.rids, batch.sequences()):
+        for index, rows in batch.sequences():
             self.recorder.record_attention(
                 layer_id=layer.layer_id,
-                rid=rid,
+                rid=forward_batch.rids[index],
                 q=q[rows],
                 lengths=batch.lengths[rows],
                 latent=latent,
-                page_table=pages,
+                page_table=batch.page_table[index],
                 scaling=layer.scaling,
             )
 

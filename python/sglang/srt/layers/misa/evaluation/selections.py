@@ -83,11 +83,11 @@ class EvaluationIndexer:
         """Select for all rows of a batch; see `MisaIndexer.select`."""
         heads, lengths = self._heads(weights, batch.lengths), batch.lengths.tolist()
         selected = torch.empty(len(q), self.topk, dtype=torch.int32, device=q.device)
-        for rows, pages in batch.sequences():
+        for sequence, rows in batch.sequences():
             if rows.start == rows.stop:
                 continue
             longest = max(lengths[rows])
-            pages = pages[: -(-longest // PAGE_SIZE)]
+            pages = batch.page_table[sequence, : -(-longest // PAGE_SIZE)]
             k, k_scale = (x[:longest] for x in read_pages(index_k, pages))
             pooled = None if heads is not None else reference.hisa_pooled(k, k_scale)
             step = max(1, CHUNK_SCORES // longest)
