@@ -104,7 +104,7 @@ class Batch:
             original,
             self.indexer,
             False,
-            SimpleNamespace(rids=self.rids),
+            SimpleNamespace(rids=self.rids, spec_info=None),
             LAYER,
             self.stacked("q", padding),
             self.stacked("weights", padding + weight_padding)[:, :, None],
@@ -116,7 +116,7 @@ class Batch:
         return hooks.select_paged(
             original,
             self.indexer,
-            SimpleNamespace(rids=self.rids),
+            SimpleNamespace(rids=self.rids, spec_info=None),
             LAYER,
             self.stacked("q", padding),
             self.stacked("weights", padding)[:, :, None],
@@ -282,7 +282,8 @@ def test_sglangs_own_selection_is_recorded(device, monkeypatch, tmp_path):
     q, weights = batch.stacked("q", 0), batch.stacked("weights", 0)[:, :, None]
 
     def after(rids, **metadata):
-        args = batch.indexer, False, SimpleNamespace(rids=rids), LAYER, q, weights
+        forward_batch = SimpleNamespace(rids=rids, spec_info=None)
+        args = batch.indexer, False, forward_batch, LAYER, q, weights
         recording.after_ragged(chosen, *args, batch.metadata(PAGED, **metadata), None)
 
     # The warm-up of a CUDA graph, which belongs to no request.

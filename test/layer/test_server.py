@@ -1,17 +1,18 @@
 """MISA in a server on the CPU engine: scheduler, radix cache, chunked prefill and decode are SGLang's own."""
 
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from checks import check_records, covered, selections
+from checks import check_records, check_speculation, covered, selections
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
-from sglang_misa.server import misa_args, serve, tokens
+from sglang_misa.server import chain, misa_args, serve, tokens
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="runs on the CPU engine; see test_server_gpu.py"
@@ -280,6 +281,41 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
     labels = f'decode="{config.decode}"', f'router="{config.router}"'
     (line,) = [x for x in exported.splitlines() if x.startswith("sglang:misa_info{")]
     assert all(label in line for label in labels)
+
+
+@pytest.mark.parametrize(
+    "family, config, steps",
+    [
+        (FAMILIES[0], replace(SAMPLED, decode="dsa", **HIERARCHICAL), 3),
+        (FAMILIES[1], POOLED, 1),
+    ],
+    ids=FAMILIES,
+)
+def test_speculative_decoding(family, config, steps, tiny_model, tmp_path):
+    """The tokens are those that the model predicts, and every pass selects as defined."""
+    with serve(
+        tiny_model(family, LAYERS, TOPK, nextn=True),
+        tmp_path,
+        *misa_args(config),
+        *chain(steps),
+        *("--chunked-prefill-size", "512"),
+    ) as server:
+        prompts = [tokens(size, size) for size in (300, 530)]
+        records = check_speculation(server, prompts, 70)
+    verified = defaultdict(set)
+    for r in records:
+        if r["decode"] and not r["draft"]:
+            verified[r["rid"]].update(r["lengths"].tolist())
+    # The rows of all new tokens but the last, and those of drafts behind them.
+    for prompt, lengths in zip(prompts, sorted(verified.values(), key=min)):
+        first = len(prompt) + 1
+        assert min(lengths) == first and lengths >= set(range(first, first + 69))
+    # One row a sequence in draft decode, of which there is none with a single draft.
+    passes = {(r["draft"], len(r["q"])) for r in records if r["decode"]}
+    several = {(False, steps + 1), (True, steps + 1)}
+    assert passes == several | ({(True, 1)} if steps > 1 else set())
+    # Every pass, some steps of each request: the definition routes one row at a time.
+    check_records(records[::7], config, TOPK)
 
 
 @pytest.mark.parametrize(

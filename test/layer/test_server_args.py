@@ -29,10 +29,14 @@ pytestmark = pytest.mark.skipif(
 
 HEADS, TOPK = 64, 256
 POOLED = "--misa-router pooled"
-SPECULATIVE = (
-    "--speculative-algorithm EAGLE --speculative-num-steps 2 --speculative-eagle-topk 1 "
-    "--speculative-num-draft-tokens 3"
-)
+
+
+def chain(steps: int, algorithm: str = "EAGLE") -> str:
+    """Speculative decoding with so many drafts, one after the other."""
+    return (
+        f"--speculative-algorithm {algorithm} --speculative-num-steps {steps} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {steps + 1}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,9 @@ def test_values_at_the_bounds_are_accepted(parse):
         f"--misa-rerank-candidates {MAX_CONTEXT}",
         "--misa-min-context 0",
         "--misa-min-context 4096",
+        *(chain(steps) for steps in (1, 3, 5)),
+        chain(3, "NEXTN"),
+        f"{POOLED} {chain(3)}",
     ):
         parse(flags)
 
@@ -181,7 +188,19 @@ COMBINATIONS = [
     ("--enable-lmcache", "drop --enable-lmcache"),
     ("--enable-flexkv", "--enable-flexkv"),
     ("--enable-hisparse", "drop --enable-hisparse"),
-    (SPECULATIVE, "drop --speculative-algorithm"),
+    *(
+        (chain(3, algorithm), "set --speculative-algorithm to EAGLE")
+        for algorithm in ("EAGLE3", "STANDALONE")
+    ),
+    (
+        "--speculative-algorithm NGRAM --speculative-ngram-max-bfs-breadth 1",
+        "set --speculative-algorithm to EAGLE",
+    ),
+    (f"{chain(3)} --enable-multi-layer-eagle", "drop --enable-multi-layer-eagle"),
+    (
+        f"{chain(3)} --speculative-draft-attention-backend flashinfer",
+        "drop --speculative-draft-attention-backend",
+    ),
     ("--prefill-attention-backend flashinfer", "--prefill-attention-backend"),
     ("--decode-attention-backend flashinfer", "--decode-attention-backend"),
     ("--cuda-graph-backend-prefill full", "drop --cuda-graph-backend-prefill full"),
@@ -247,6 +266,12 @@ EVALUATIONS = [
         "add --disable-cuda-graph",
     ),
     ("hisa", "--cuda-graph-backend-prefill breakable", "add --disable-cuda-graph"),
+    # MISA would select in verify.
+    (
+        "hisa",
+        f"{chain(3)} --cuda-graph-backend-decode full",
+        "add --disable-cuda-graph",
+    ),
     ("random-heads", "--misa-rerank-candidates 512", "drop --misa-rerank-candidates"),
     ("heaviest-heads", "--misa-min-context 512", "--misa-min-context"),
 ]
@@ -337,6 +362,18 @@ def test_kernels_that_do_not_run_here(on_gpu, monkeypatch):
 def test_a_cpu_needs_no_kernels(parse, monkeypatch):
     monkeypatch.setitem(sys.modules, "sgl_kernel_misa", None)
     parse("--misa-rerank-candidates 1000")
+
+
+def test_draft_tokens_that_the_kernels_do_not_take(on_gpu, monkeypatch):
+    kernels = operations.operations(torch.device("cuda"))
+    monkeypatch.setattr(kernels, "MAX_ROWS", 4)
+    module.check_misa_server_args(on_gpu(chain(3)))
+    message = refusal(module.check_misa_server_args, on_gpu(chain(4)))
+    assert "--speculative-num-draft-tokens 5" in message and "at most 4" in message
+    # Its number of drafts changes while it runs: 7 at most.
+    adaptive = on_gpu("--speculative-algorithm EAGLE --speculative-adaptive")
+    message = refusal(module.check_misa_server_args, adaptive)
+    assert "--speculative-num-draft-tokens 8" in message
 
 
 @pytest.mark.parametrize("candidates", [1000, 16448])

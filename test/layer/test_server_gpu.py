@@ -4,11 +4,11 @@ import base64
 
 import pytest
 import torch
-from checks import check_record
+from checks import check_record, check_speculation
 from marks import needs_gpu
 
 from sglang.srt.layers.misa.config import MisaConfig
-from sglang_misa.server import misa_args, serve, tokens
+from sglang_misa.server import chain, misa_args, serve, tokens
 
 pytestmark = needs_gpu
 
@@ -126,3 +126,41 @@ def test_decode_in_cuda_graphs(config, family, tiny_model, tmp_path):
             # A wrong length or page table gives what chance gives, about 0.8.
             assert sum(overlaps) / len(overlaps) > 0.9
     assert outputs["slots"] == outputs["positions"]
+
+
+@pytest.mark.parametrize(
+    "family, config",
+    [
+        (FAMILIES[0], MisaConfig(rerank_candidates=4096)),
+        (FAMILIES[1], CONFIGS["pooled"]),
+    ],
+    ids=FAMILIES,
+)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_speculative_decoding(graph, family, config, tiny_model, tmp_path):
+    """Target verify, draft extend and draft decode, with overlap scheduling; eager, every pass is recorded."""
+    with serve(
+        tiny_model(family, LAYERS, TOPK, nextn=True),
+        tmp_path,
+        *misa_args(config),
+        *chain(3),
+        # In bfloat16 the best two tokens are often the same number.
+        "--enable-fp32-lm-head",
+        *(("--cuda-graph-backend-prefill", "disabled") if graph else ()),
+        *(() if graph else ("--disable-cuda-graph",)),
+        env={} if graph else POSITIONS,
+    ) as server:
+        # Three sequences: a graph has padding.
+        prompts = [tokens(size, size) for size in (3000, 2300, 5100)]
+        records = check_speculation(server, prompts, 140)
+        assert ("cuda graph: True" in server.log.read_text()) == graph
+        # The last prompts' passes, over what the drafts left.
+        check_all(server, config)
+    passes = {(r["draft"], len(r["q"])) for r in records if r["decode"]}
+    assert passes == (set() if graph else {(False, 4), (True, 4), (True, 1)})
+    for record in records[::17]:
+        record = {
+            name: value.cuda() if isinstance(value, torch.Tensor) else value
+            for name, value in record.items()
+        }
+        check_record(some_rows(record), config, TOPK, exact=False)

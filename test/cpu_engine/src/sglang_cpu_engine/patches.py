@@ -13,6 +13,7 @@ from sglang_cpu_engine.kernels import allocator, fused_indexer, kv_cache, rotary
 from sglang_cpu_engine.kernels.mqa_logits import deep_gemm
 from sglang_cpu_engine.kernels.quantization import act_quant, rotate_activation
 from sglang_cpu_engine.kernels.sparse_attention import forward_flashmla_sparse
+from sglang_cpu_engine.kernels.speculative import seqlens_expand
 from sglang_cpu_engine.scheduler import set_internal_state
 
 from sglang.kernels.ops.attention.dsa import transform_index
@@ -52,6 +53,7 @@ ROPE = "sglang.srt.layers.rotary_embedding"
 # fmt: off
 PATCHES = [
     Patch("torch.cuda.get_device_capability", lambda device=None: (9, 0), "the DSA backend and its defaults ask for it"),
+    Patch("torch.cuda.synchronize", lambda device=None: None, "a draft model waits before it shares the embeddings"),
     # The indexer takes its CUDA branches.
     Patch(f"{INDEXER}._is_cuda", True, "gates the CUDA branches"),
     Patch(f"{INDEXER}.Indexer.dispatch_forward", lambda self: self.forward_cuda, "forward_native raises"),
@@ -70,6 +72,7 @@ PATCHES = [
     Patch(f"{KERNELS}.transform_index.transform_index_page_table_prefill_fast", _page_table_prefill, "Triton kernel"),
     Patch(f"{KERNELS}.transform_index.transform_index_page_table_decode_fast", transform_index.transform_index_page_table_decode_ref, "Triton kernel"),
     Patch(f"{BACKEND}.DeepseekSparseAttnBackend._forward_flashmla_sparse", forward_flashmla_sparse, "CUDA kernel"),
+    Patch(f"{BACKEND}.seqlens_expand_triton", seqlens_expand, "Triton kernel"),
     Patch("sglang.srt.mem_cache.memory_pool.set_mla_kv_buffer_triton", kv_cache.write_mla_kv, "Triton kernel"),
     Patch(f"{ROPE}.factory.get_rope_cpu", lambda *args: get_rope(*args[:-1]), "accepts YaRN only"),
     Patch(f"{ROPE}.base.RotaryEmbedding.forward_native", rotary.rotary_forward, "rounds the angles to bfloat16"),

@@ -54,8 +54,8 @@ def misa_selects(config: MisaConfig, batch: Batch) -> bool:
     """Whether MISA selects for the rows of a batch, or SGLang's own indexer does, with all heads."""
     if batch.bounds is not None:
         return batch.bounds[1] >= config.min_context
-    # One row a sequence. More rows, of a speculative verify, share what reading the keys costs.
-    return config.decode == "misa"
+    # Several rows a sequence, of a speculative verify or a draft extend, share what reading the keys costs.
+    return config.decode == "misa" or batch.rows_per_seq > 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ class Call:
     @property
     def topk(self) -> int:
         return self.indexer.index_topk
+
+    @property
+    def draft(self) -> bool:
+        """Whether it is the draft model's, which counts its layers from 0 as well."""
+        spec_info = self.forward_batch.spec_info
+        return spec_info is not None and spec_info.is_draft_input()
 
     @property
     def forced(self) -> Dict[str, int]:
@@ -126,7 +132,7 @@ def select_ragged(
 def select_paged(
     original, indexer, forward_batch, layer_id, q_fp8, weights, metadata
 ) -> torch.Tensor:
-    """Around `Indexer._get_topk_paged` (decode)."""
+    """Around `Indexer._get_topk_paged` (decode, target verify, draft extend)."""
     args = indexer, forward_batch, layer_id, q_fp8, weights, metadata
     if (config := active_config()) is None:
         return original(*args)
@@ -263,10 +269,16 @@ def report(info: Dict[str, Any], scheduler: Any) -> Optional[Dict[str, Any]]:
     if config is None:
         return None
     check_engaged()
-    runner = scheduler.tp_worker.model_runner
-    pool = runner.token_to_kv_pool
-    check_objects(runner.model, pool if config.pools_keys else None)
-    size = pool.misa_pooled_keys.nbytes if config.pools_keys else 0
+    runners = [scheduler.tp_worker.model_runner]
+    if scheduler.draft_worker is not None:
+        # Speculative decoding: the draft model has indexers and a pool of its own.
+        runners += scheduler.draft_worker.draft_worker.draft_runners
+    size = 0
+    for runner in runners:
+        pool = runner.token_to_kv_pool
+        check_objects(runner.model, pool if config.pools_keys else None)
+        if config.pools_keys:
+            size += pool.misa_pooled_keys.nbytes
     announce(config, size)
     if scheduler.metrics_collector is not None:
         export(config, size, scheduler.metrics_collector.labels)

@@ -84,13 +84,15 @@ class MisaIndexer:
                 batch=batch,
                 topk=config.rerank_candidates,
             )
+            # Candidates are gathered row by row: there is nothing to share.
+            page_table, cu_rows = batch.by_row or (batch.page_table, batch.cu_rows)
             selection.indices = operations(q.device).rerank(
                 q=q,
                 weights=weights,
                 candidates=selection.indices,
                 index_k=index_k,
-                page_table=batch.page_table,
-                cu_rows=batch.cu_rows,
+                page_table=page_table,
+                cu_rows=cu_rows,
                 lengths=batch.lengths,
                 topk=self.topk,
                 **form,
@@ -145,7 +147,7 @@ class MisaIndexer:
                 "weights": weights,
                 "index_k": index_k,
                 "page_table": batch.page_table,
-                "rows_per_seq": 1,
+                "rows_per_seq": batch.rows_per_seq,
                 "lengths": batch.lengths,
                 "active_heads": config.active_heads,
                 "topk": topk,
@@ -207,7 +209,7 @@ class MisaIndexer:
                 heads=heads,
                 index_k=index_k,
                 page_table=batch.page_table,
-                rows_per_seq=1,
+                rows_per_seq=batch.rows_per_seq,
                 lengths=batch.lengths,
                 topk=topk,
                 **form,

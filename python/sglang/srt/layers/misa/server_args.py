@@ -73,12 +73,12 @@ class MisaArguments(_Behind):
     ] = None
     misa_min_context: A[
         Optional[int],
-        f"Score prompt tokens that see fewer tokens than this with all heads, by SGLang's own indexer where no token of a batch sees as many. By default, on a GPU and with candidates to re-rank, {DEFAULT_MIN_CONTEXT[64]} with 64 indexer heads and {DEFAULT_MIN_CONTEXT[32]} with 32; otherwise 0. Applies to prefill only: in decode, lengths are not known to the host.",
+        f"Score prompt tokens that see fewer tokens than this with all heads, by SGLang's own indexer where no token of a batch sees as many. By default, on a GPU and with candidates to re-rank, {DEFAULT_MIN_CONTEXT[64]} with 64 indexer heads and {DEFAULT_MIN_CONTEXT[32]} with 32; otherwise 0. Applies to prefill only: in decode and in speculative verify, lengths are not known to the host.",
         NS("exec.kernel"),
     ] = None
     misa_decode: A[
         DECODES,
-        "What selects in decode: 'dsa' is SGLang's own indexer, with all heads, for reading the keys is the cost there, and fewer heads save none of it; 'misa' routes as prefill does.",
+        "What selects in decode of one row a sequence, a draft model's included: 'dsa' is SGLang's own indexer, with all heads, for reading the keys is the cost there, and fewer heads save none of it; 'misa' routes as prefill does. Where a sequence has several rows, in speculative verify and draft extend, which share what reading its keys costs, MISA selects in either case.",
         NS("exec.kernel"),
     ] = "dsa"
 
@@ -231,8 +231,17 @@ REFUSALS = (
         "--enable-misa does not support the DSA cache layer split; drop --enable-dsa-cache-layer-split.",
     ),
     Refusal(
-        lambda args: args.speculative_algorithm is not None,
-        "--enable-misa does not support speculative decoding yet; drop --speculative-algorithm.",
+        lambda args: args.speculative_algorithm not in (None, "EAGLE"),
+        "--enable-misa supports speculative decoding with the model's own NextN layer only; set --speculative-algorithm to EAGLE or drop it.",
+    ),
+    Refusal(
+        lambda args: args.speculative_algorithm is not None
+        and args.enable_multi_layer_eagle,
+        "--enable-misa supports speculative decoding with a single NextN layer; drop --enable-multi-layer-eagle.",
+    ),
+    Refusal(
+        lambda args: args.speculative_draft_attention_backend not in (None, "dsa"),
+        "--enable-misa needs the dsa attention backend for the draft model too; drop --speculative-draft-attention-backend.",
     ),
     Refusal(
         lambda args: args.page_size != PAGE_SIZE,
@@ -275,7 +284,7 @@ REFUSALS = (
 
 def _selects_in_cuda_graphs(args: MisaArguments) -> bool:
     graphs = [args.cuda_graph_config.prefill]
-    if args.misa_decode == "misa":
+    if args.misa_decode == "misa" or args.speculative_algorithm is not None:
         graphs.append(args.cuda_graph_config.decode)
     return any(graph.backend != Backend.DISABLED for graph in graphs)
 
@@ -389,6 +398,12 @@ def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
     if topk % kernels.TOPK_MULTIPLE or topk > kernels.MAX_TOPK:
         raise ValueError(
             f"--enable-misa: index_topk={topk} of {args.model_path} is not {limit}; drop --enable-misa."
+        )
+    rows = args.max_speculative_num_draft_tokens
+    if rows is not None and rows > kernels.MAX_ROWS:
+        raise ValueError(
+            f"--speculative-num-draft-tokens {rows} is more than the {kernels.MAX_ROWS} rows a sequence that --enable-misa "
+            f"has kernels for; use at most {kernels.MAX_ROWS}."
         )
     candidates = _rerank_candidates(args)
     if candidates % kernels.TOPK_MULTIPLE or candidates > kernels.MAX_TOPK:

@@ -36,8 +36,8 @@ class OtherSelection:
 
     def __init__(self, name: str):
         self.name = name
-        # Each layer's heaviest heads, once there are any.
-        self.heaviest: Dict[int, torch.Tensor] = {}
+        # The heaviest heads of each layer of the draft model (True) and of the target model, once there are any.
+        self.heaviest: Dict[bool, Dict[int, torch.Tensor]] = {False: {}, True: {}}
 
     def select(
         self,
@@ -54,7 +54,7 @@ class OtherSelection:
             topk=call.topk,
             forced=call.forced,
             layer_id=call.layer_id,
-            heaviest=self.heaviest,
+            heaviest=self.heaviest[call.draft],
         )
         tensors = call.tensors(len(batch.lengths))
         return indexer.select(**tensors, batch=batch, output=output, offsets=offsets)
@@ -119,7 +119,7 @@ class Recording:
     def after_paged(
         self, result, indexer, forward_batch, layer_id, q_fp8, weights, metadata
     ) -> None:
-        """After `Indexer._get_topk_paged` (decode)."""
+        """After `Indexer._get_topk_paged` (decode, target verify, draft extend)."""
         call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
         self._record_dsa(call, decode_batch(metadata), result)
 
@@ -147,9 +147,10 @@ class Recording:
         selection: Selection,
         router: Optional[str],
     ) -> None:
-        """Record every sequence's rows, those that all heads scored by themselves."""
+        """Record every request's rows, those that all heads scored by themselves."""
         pool = get_token_to_kv_pool()
-        for index, rows in batch.sequences():
+        # Sequences behind the last request are padding.
+        for rid, (index, rows) in zip(call.forward_batch.rids, batch.sequences()):
             routed = selection.heads, selection.shared_q, selection.shared_scale
             nothing = None, None, None
             parts = [(rows, routed)]
@@ -168,7 +169,8 @@ class Recording:
                 )
                 self.recorder.record(
                     layer_id=call.layer_id,
-                    rid=call.forward_batch.rids[index],
+                    rid=rid,
+                    draft=call.draft,
                     decode=batch.bounds is None,
                     router=router,
                     q=call.q[part],
@@ -188,9 +190,12 @@ class Recording:
     ) -> None:
         """After `DeepseekSparseAttnBackend.forward_extend`: record what the attention was given.
 
-        Nothing is recorded of dense attention, nor where the kernel rotates q itself or the latent cache is quantized.
+        Nothing is recorded of dense attention, nor where the kernel rotates q itself or the latent cache is quantized, nor of
+        speculative decoding and the draft model.
         """
         if q_rope is None or not _is_recorded(forward_batch):
+            return
+        if forward_batch.spec_info is not None:
             return
         if kwargs.get("cos_sin_cache") is not None:
             return
