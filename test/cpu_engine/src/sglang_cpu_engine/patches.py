@@ -116,6 +116,7 @@ PATCHES = [
     Patch("torch.Tensor.pin_memory", lambda self: self, "pins memory for CUDA"),
     # PD disaggregation, with --disaggregation-transfer-backend mooncake: all of SGLang's protocol, and other hands to carry.
     Patch("sglang.srt.distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine", TransferEngine, "needs the package and a network card"),
+    Patch("torch.cuda.Event", streams.Event, "is waited for before a cached prefix is sent"),
     Patch("torch.cuda.synchronize", lambda device=None: None, "waits for what a retraction copies to the host"),
     # Not for the CPU, but for tests: one server takes chunks of several sizes, one after the other.
     Patch("sglang.srt.managers.scheduler.Scheduler.set_internal_state", set_internal_state, "refuses chunked_prefill_size"),

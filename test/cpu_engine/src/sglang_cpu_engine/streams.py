@@ -34,7 +34,7 @@ class Event:
     def __init__(self):
         self.stream, self.count = _default, 0
 
-    def record(self) -> None:
+    def record(self, _stream=None) -> None:
         self.stream = current_stream()
         self.count = len(self.stream.launched)
 
