@@ -23,7 +23,7 @@ def test_prefill_and_decode_servers(tiny_model, tmp_path):
         "mooncake",
         *misa_args(CONFIG),
         prefill=("--chunked-prefill-size", "256"),
-        decode=("--max-total-tokens", "1024", "--num-reserved-decode-tokens", "64"),
+        decode=("--max-total-tokens", "1024", "--num-reserved-decode-tokens", "16"),
     ) as pair:
         first = pair.ask(tokens(700), 20).result()
         # The prefill server has it in its radix cache now.
