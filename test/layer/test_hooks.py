@@ -20,6 +20,7 @@ from sglang.srt.layers.misa.metrics import RowCounts
 from sglang.srt.layers.misa.pooled_keys import PooledKeys
 from sglang.srt.layers.misa.testing.batches import write_pages
 from sglang.srt.layers.misa.testing.inputs import make_inputs
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 
 HEADS, TOPK, START_LAYER, LAYER = 32, 128, 3, 4
 CONFIG = MisaConfig("sampled", 3, decode="misa")
@@ -204,6 +205,27 @@ def test_extend_into_the_buffer_of_a_cuda_graph(device, monkeypatch, tmp_path):
         return out
 
     batch.check(select(), select, tmp_path)
+
+
+@pytest.mark.parametrize("rows", [EXTENDS, [1] * 4], ids=["extend", "decode"])
+def test_index_k_that_is_on_its_way(rows, device, monkeypatch):
+    """HiCache loads the pages of a layer on another stream. SGLang's getter waits for them; here it is the wait that loads."""
+    batch = Batch(LENGTHS, rows, device, monkeypatch)
+    select = batch.select_ragged if rows is EXTENDS else batch.select_paged
+    pool = hooks.get_token_to_kv_pool()
+    on_host = pool.get_index_k_with_scale_buffer(LAYER)
+    on_device = [torch.zeros_like(on_host), on_host.clone()]
+    pool.index_k_with_scale_buffer, pool.layer_transfer_counter = on_device, None
+    pool.get_index_k_with_scale_buffer = functools.partial(
+        DSATokenToKVPool.get_index_k_with_scale_buffer, pool
+    )
+    expected = select(method=PAGED)
+    on_device[LAYER - START_LAYER].zero_()
+    pool.layer_transfer_counter = SimpleNamespace(
+        wait_until=lambda layer: on_device[layer].copy_(on_host)
+    )
+    assert torch.equal(select(method=PAGED), expected)
+    assert not on_device[0].any(), "waited for another layer"
 
 
 @ROUTERS

@@ -99,6 +99,13 @@ def test_values_at_the_bounds_are_accepted(parse):
         # They say how SGLang's own indexer decodes.
         "--dsa-topk-backend flashinfer",
         "--dsa-paged-mqa-logits-backend cutedsl",
+        # Where index K moves, the sampled router follows it.
+        "--enable-hierarchical-cache",
+        "--enable-hierarchical-cache --hicache-mem-layout layer_first --hicache-write-policy write_back",
+        "--disaggregation-mode prefill",
+        "--disaggregation-mode prefill --enable-hierarchical-cache",
+        "--disaggregation-mode decode",
+        "--disaggregation-mode decode --disaggregation-decode-enable-radix-cache",
         f"--misa-rerank-candidates {TOPK}",
         f"--misa-rerank-candidates {MAX_CONTEXT}",
         "--misa-min-context 0",
@@ -182,9 +189,30 @@ COMBINATIONS = [
     ("--use-ray", "drop --use-ray"),
     ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
     ("--dcp-size 2 --tp-size 2", "drop --dcp-size"),
-    ("--disaggregation-mode prefill", "drop --disaggregation-mode"),
-    ("--disaggregation-mode decode", "drop --disaggregation-mode"),
-    ("--enable-hierarchical-cache", "drop --enable-hierarchical-cache"),
+    (
+        f"{POOLED} --disaggregation-mode prefill",
+        "drop --misa-router or --disaggregation-mode",
+    ),
+    (
+        f"{POOLED} --disaggregation-mode decode",
+        "drop --misa-router or --disaggregation-mode",
+    ),
+    (
+        f"{POOLED} --enable-hierarchical-cache",
+        "drop --misa-router or --enable-hierarchical-cache",
+    ),
+    (
+        f"--enable-hierarchical-cache {SPECULATIVE}",
+        "drop --enable-hierarchical-cache or --speculative-algorithm",
+    ),
+    (
+        "--disaggregation-mode decode --disaggregation-decode-enable-radix-cache --enable-hierarchical-cache",
+        "drop --enable-hierarchical-cache there",
+    ),
+    (
+        "--disaggregation-mode decode --disaggregation-decode-enable-offload-kvcache --hicache-storage-backend file",
+        "drop --disaggregation-decode-enable-offload-kvcache",
+    ),
     ("--enable-lmcache", "drop --enable-lmcache"),
     ("--enable-flexkv", "--enable-flexkv"),
     ("--enable-hisparse", "drop --enable-hisparse"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from checks import check_record, check_speculation
 from marks import needs_gpu
+from pd import is_part, keys_of, serve_pair
 
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang_misa.server import chain, misa_args, serve, tokens
@@ -164,3 +165,93 @@ def test_speculative_decoding(graph, family, config, tiny_model, tmp_path):
             for name, value in record.items()
         }
         check_record(some_rows(record), config, TOPK, exact=False)
+
+
+# Layouts of HiCache's memory on the host, what copies, and when; SGLang's cookbook launches the first for these models.
+HICACHE = [
+    ("deepseek_v32", "page_first_direct", "direct", "write_through"),
+    ("glm_moe_dsa", "page_first", "kernel", "write_through"),
+    ("deepseek_v32", "layer_first", "kernel", "write_back"),
+    ("glm_moe_dsa", "layer_first", "direct", "write_back"),
+]
+
+
+@pytest.mark.parametrize("family, layout, backend, policy", HICACHE)
+def test_hicache(family, layout, backend, policy, tiny_model, tmp_path):
+    """A prompt that was evicted comes back from the host, while the first layers already select."""
+    count, new_tokens, config = 30000, 40, GRAPHS["sampled"]
+    with serve(
+        tiny_model(family, LAYERS, TOPK),
+        tmp_path,
+        *misa_args(config),
+        *("--enable-hierarchical-cache", "--hicache-ratio", "2"),
+        *("--hicache-mem-layout", layout, "--hicache-io-backend", backend),
+        *("--hicache-write-policy", policy, "--max-total-tokens", "40960"),
+        *("--cuda-graph-backend-prefill", "disabled"),
+        env=POSITIONS,
+    ) as server:
+
+        def ask(seed):
+            server.forget()
+            answer = server.generate(tokens(count, seed), new_tokens, "same")
+            details = answer["meta_info"].get("cached_tokens_details") or {}
+            return answer, details.get("host", 0), keys_of(server.records())
+
+        cold = [ask(seed) for seed in range(2)]
+        assert [host for _, host, _ in cold] == [0, 0]
+        # Each evicts the other from the device, and the host has room for both.
+        for seed in (0, 1, 0):
+            answer, host, keys = ask(seed)
+            assert host == (count - 1) // 64 * 64
+            check_all(server, config)
+            assert len(keys) == LAYERS
+            for at, (k, k_scale) in cold[seed][2].items():
+                assert is_part((k[:host], k_scale[:host]), keys[at])
+            assert len(answer["output_ids"]) == new_tokens
+
+
+TRANSFERS = {"nixl": "nixl", "mooncake_tcp": "mooncake"}
+
+
+@pytest.mark.parametrize("backend", TRANSFERS)
+def test_prefill_and_decode_servers(backend, tiny_model, tmp_path):
+    pytest.importorskip(TRANSFERS[backend])
+    config = GRAPHS["sampled"]
+    with serve_pair(
+        tiny_model("deepseek_v32", LAYERS, TOPK),
+        tmp_path,
+        backend,
+        *misa_args(config),
+        "--disable-cuda-graph",
+        env=POSITIONS,
+    ) as pair:
+        answers = [pair.ask(tokens(count), 70) for count in (3000, 30000, 3000)]
+        assert all(len(answer.result()["output_ids"]) == 70 for answer in answers)
+        for server in (pair.prefill, pair.decode):
+            check_all(server, config)
+        sent, arrived = (keys_of(x.records()) for x in (pair.prefill, pair.decode))
+    assert set(sent) == set(arrived) and len(sent) == pair.count * LAYERS
+    assert all(is_part(keys, arrived[at]) for at, keys in sent.items())
+
+
+def test_memory_that_is_given_back(tiny_model, tmp_path):
+    """The graphs of decode, the cache and the weights go, and come back; then the weights are loaded again."""
+    pytest.importorskip("torch_memory_saver")
+    model, prompt = tiny_model("glm_moe_dsa", LAYERS, TOPK), tokens(3000)
+    config = GRAPHS["sampled"]
+    with serve(
+        model,
+        tmp_path,
+        *misa_args(config),
+        *("--cuda-graph-backend-prefill", "disabled", "--enable-memory-saver"),
+        env=POSITIONS,
+    ) as server:
+        before = server.generate(prompt, 140)
+        server.post("/release_memory_occupation")
+        server.post("/resume_memory_occupation")
+        server.post("/update_weights_from_disk", model_path=str(model))
+        server.forget()
+        after = server.generate(prompt, 140)
+        assert after["meta_info"]["cached_tokens"] == 0
+        assert after["output_ids"] == before["output_ids"]
+        check_all(server, config)

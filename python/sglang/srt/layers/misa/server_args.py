@@ -210,13 +210,30 @@ REFUSALS = (
         lambda args: args.dcp_size > 1,
         "--enable-misa does not support decode context parallelism; drop --dcp-size.",
     ),
+    # Index K goes wherever the KV cache does. Page means would have to be computed anew where it arrives.
     Refusal(
-        lambda args: args.disaggregation_mode != "null",
-        "--enable-misa does not support PD disaggregation yet; drop --disaggregation-mode.",
+        lambda args: args.misa_router == "pooled"
+        and args.disaggregation_mode != "null",
+        "--enable-misa with --misa-router pooled does not support PD disaggregation, which sends no page means; drop --misa-router or --disaggregation-mode.",
     ),
     Refusal(
-        lambda args: args.enable_hierarchical_cache,
-        "--enable-misa does not support HiCache yet; drop --enable-hierarchical-cache.",
+        lambda args: args.misa_router == "pooled" and args.enable_hierarchical_cache,
+        "--enable-misa with --misa-router pooled does not support HiCache, which restores no page means; drop --misa-router or --enable-hierarchical-cache.",
+    ),
+    # What SGLang 0.5.17 leaves behind itself.
+    Refusal(
+        lambda args: args.enable_hierarchical_cache
+        and args.speculative_algorithm is not None,
+        "--enable-misa does not support HiCache with speculative decoding, for SGLang does not restore the draft's index K; drop --enable-hierarchical-cache or --speculative-algorithm.",
+    ),
+    Refusal(
+        lambda args: args.enable_hierarchical_cache
+        and args.disaggregation_mode == "decode",
+        "--enable-misa does not support HiCache in a decode server, where SGLang never ends the load of a DSA model's prefix; drop --enable-hierarchical-cache there.",
+    ),
+    Refusal(
+        lambda args: args.disaggregation_decode_enable_offload_kvcache,
+        "--enable-misa does not support the offload of a decode server's KV cache, which leaves index K behind; drop --disaggregation-decode-enable-offload-kvcache.",
     ),
     Refusal(
         lambda args: args.enable_lmcache or args.enable_flexkv,
