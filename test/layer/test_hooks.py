@@ -136,11 +136,11 @@ class Batch:
             options["block_size"], define = 128, reference.misa
         return torch.cat([define(*s, TOPK, **options) for s in self.sequences])
 
-    def recorded(self, select, tmp_path):
-        """What `select` returns while it is recorded, and the records."""
+    def recorded(self, select, tmp_path, padding=0):
+        """What `select` returns while it is recorded, and the records; the last `padding` sequences are no requests."""
         recording = evaluation.Recording(tmp_path / "records")
         around = functools.partial(recording.select, hooks.select)
-        self.rids = [f"request-{i}" for i in range(len(self.rows))]
+        self.rids = [f"request-{i}" for i in range(len(self.rows) - padding)]
         with self.monkeypatch.context() as patch:
             patch.setattr(hooks, "select", around)
             out = select()
@@ -244,6 +244,18 @@ def test_idle_batches(device, monkeypatch):
         for select in (batch.select_ragged, batch.select_paged):
             out = select(padding, method=PAGED)
             assert out.shape == (padding, TOPK) and (out == -1).all()
+
+
+@pytest.mark.parametrize("rows, select", [(EXTENDS, "ragged"), ([1] * 4, "paged")])
+def test_sequences_that_are_padding(rows, select, device, monkeypatch, tmp_path):
+    """With data parallelism an idle rank gets a sequence made up, and one with few requests some more; they are not recorded."""
+    batch = Batch(LENGTHS, rows, device, monkeypatch)
+    select = getattr(batch, f"select_{select}")
+    out, records = batch.recorded(lambda: select(method=PAGED), tmp_path, padding=2)
+    assert [record["rid"] for record in records] == ["request-0", "request-1"]
+    assert torch.equal(out, select(method=PAGED))
+    _, records = batch.recorded(lambda: select(method=PAGED), tmp_path / "idle", 4)
+    assert not records
 
 
 @pytest.mark.parametrize("rows, select", [(EXTENDS, "ragged"), ([1] * 4, "paged")])

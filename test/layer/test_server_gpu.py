@@ -1,12 +1,11 @@
 """MISA in a server on a GPU, with the kernels: selections are those defined, up to ties."""
 
 import base64
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from checks import check_record
+from checks import check_record, prompt_rows
 from marks import needs_gpu
 
 from sglang.srt.layers.misa.config import MisaConfig
@@ -135,16 +134,6 @@ needs_two_gpus = pytest.mark.skipif(
 )
 
 
-def prompt_rows(server):
-    """The lengths of the rows of prompts that each process recorded of the first layer, in order."""
-    lengths = defaultdict(list)
-    for path in sorted(server.capture_dir.glob("*.pt")):
-        record = torch.load(path)
-        if record["layer_id"] == 0 and not record["decode"]:
-            lengths[path.name.split("-")[0]] += record["lengths"].tolist()
-    return [sorted(x) for x in lengths.values()]
-
-
 @needs_two_gpus
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallel(family, tiny_model, tmp_path):
@@ -159,7 +148,7 @@ def test_tensor_parallel(family, tiny_model, tmp_path):
     ) as server:
         cold = server.generate(tokens(size), 20)
         check_all(server, config)
-        one, two = prompt_rows(server)
+        one, two = prompt_rows(server.capture_dir)
         assert sorted(one + two) == list(range(1, size + 1))
         assert min(len(one), len(two)) > size // 3
         (state,) = server.get("/get_server_info").json()["internal_states"]
@@ -170,7 +159,7 @@ def test_tensor_parallel(family, tiny_model, tmp_path):
         assert hit["meta_info"]["cached_tokens"] == (size - 1) // 64 * 64
         assert len(cold["output_ids"]) == len(hit["output_ids"]) == 20
         check_all(server, config)
-        one, two = prompt_rows(server)
+        one, two = prompt_rows(server.capture_dir)
         assert one == two == list(range((size - 1) // 64 * 64 + 1, size + 1))
 
 
@@ -198,7 +187,7 @@ def test_data_parallel_attention(family, tiny_model, tmp_path):
             ]
             assert all(len(x.result()["output_ids"]) == 40 for x in answers)
         check_all(server, config)
-        rows = prompt_rows(server)
+        rows = prompt_rows(server.capture_dir)
         assert len(rows) == 2 and all(rows), "one rank had all prompts"
         assert max(map(max, rows)) == 32000
 
@@ -220,7 +209,7 @@ def test_context_parallel(family, tiny_model, tmp_path):
             answer = server.generate(tokens(size), 20)
             assert len(answer["output_ids"]) == 20
             check_all(server, config)
-            one, two = sorted(prompt_rows(server))
+            one, two = sorted(prompt_rows(server.capture_dir))
             assert one == list(range(1, size + 1, 2))
             assert two == list(range(2, size + 1, 2))
             server.reset()

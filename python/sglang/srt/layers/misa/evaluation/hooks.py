@@ -155,7 +155,8 @@ class Recording:
         pool = get_token_to_kv_pool()
         decode, forward_batch = batch.bounds is None, call.forward_batch
         rids = forward_batch.rids if decode else extend_rids(forward_batch)
-        for index, rows in batch.sequences():
+        # Sequences behind those of the requests are padding, of data parallelism.
+        for (index, rows), rid in zip(batch.sequences(), rids):
             routed = selection.heads, selection.shared_q, selection.shared_scale
             nothing = None, None, None
             parts = [(rows, routed)]
@@ -174,7 +175,7 @@ class Recording:
                 )
                 self.recorder.record(
                     layer_id=call.layer_id,
-                    rid=rids[index],
+                    rid=rid,
                     decode=decode,
                     router=router,
                     q=call.q[part],
@@ -208,11 +209,11 @@ class Recording:
         q = torch.cat(parts, dim=-1)
         metadata = backend.get_indexer_metadata(layer.layer_id, forward_batch)
         batch = extend_batch(forward_batch, metadata)
-        rids = extend_rids(forward_batch)
-        for index, rows in batch.sequences():
+        sequences = zip(batch.sequences(), extend_rids(forward_batch))
+        for (index, rows), rid in sequences:
             self.recorder.record_attention(
                 layer_id=layer.layer_id,
-                rid=rids[index],
+                rid=rid,
                 q=q[rows],
                 lengths=batch.lengths[rows],
                 latent=latent,
