@@ -22,14 +22,15 @@ from sglang.srt.layers.misa.batch import Batch, bounds_of
 if TYPE_CHECKING:
     from sglang.srt.distributed.parallel_state import GroupCoordinator
 
-# A share is so many rows or a multiple of it: whole tiles of the kernels (16 to 64 rows), and int32 of the rows' lengths that begin
-# where those of a tensor of their own would.
+# A share is so many rows or a multiple of it: whole tiles of the kernels, and the rows' lengths begin at a multiple of 256 bytes, as
+# those of a tensor of their own would.
 SHARE_MULTIPLE = 64
 # What a row costs whatever it sees, the re-ranking above all, in tokens scored; measured (benchmark/results) between 27K, without
 # re-ranking, and 85K.
 ROW_TOKENS = 32 << 10
-# Rows times tokens from which on rows are shared. So many take 0.2 ms on one rank of H100s or H200s, of which two ranks save half.
-# A gather waits for the slowest rank, takes 20 to 30 us to launch and, at 8 KB a row, 10 us more for the 410 to 1400 rows that this means.
+# Rows times tokens from which on rows are shared. So many take 0.2 ms on an H100 or H200 (benchmark/results), of which two ranks save
+# half. A gather waits for the slowest rank and was taken to cost half of that at most: some 30 us to launch, and at 8 KB a row over
+# NVLink 10 us more for the 410 to 1400 rows that this means. bench_row_sharding has shapes on both sides.
 MIN_WORK = 1 << 26
 
 
