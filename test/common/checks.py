@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Dict, List, Set
 
 import torch
@@ -200,3 +201,14 @@ def selections(records: List[Dict], first: int, last: int) -> torch.Tensor:
             for _, rows in sorted(layers.items())
         ]
     )
+
+
+def prompt_rows(folder: Path) -> List[List[int]]:
+    """The lengths of the rows of prompts that each process recorded of the first layer, ascending."""
+    lengths = defaultdict(list)
+    for path in folder.glob("*.pt"):
+        record = torch.load(path)
+        if record["layer_id"] == 0 and not record["decode"]:
+            # Names begin with the process.
+            lengths[path.name.split("-")[0]] += record["lengths"].tolist()
+    return [sorted(x) for x in lengths.values()]

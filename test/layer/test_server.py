@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from checks import check_records, check_speculation, covered, selections
+from checks import check_records, check_speculation, covered, prompt_rows, selections
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang.srt.layers.misa import reference
@@ -352,3 +352,29 @@ def test_retraction(family, config, tiny_model, tmp_path):
     check_records(again, config, TOPK)
     rows = 1, 349
     assert torch.equal(selections(again, *rows), selections(first, *rows))
+
+
+def test_two_ranks(tiny_model, tmp_path):
+    """They share the rows of a long prompt, and each selects for all rows of a short one."""
+    size = 2100
+    with serve(
+        tiny_model("deepseek_v32", LAYERS, TOPK),
+        tmp_path,
+        *misa_args(SAMPLED),
+        *("--tp", "2", "--chunked-prefill-size", "4096"),
+        # SGLang wants to be told where there is one NUMA node.
+        env={"SGLANG_CPU_OMP_THREADS_BIND": "0|0"},
+    ) as server:
+        cold = server.generate(tokens(size), 4)
+        check_records(server.records(), SAMPLED, TOPK)
+        shares = sorted(prompt_rows(server.capture_dir))
+        middle = len(shares[0]) + 1
+        assert shares == [list(range(1, middle)), list(range(middle, size + 1))]
+        (state,) = server.get("/get_server_info").json()["internal_states"]
+        assert state["misa_rows"] == {"misa": LAYERS * size, "all_heads": 0, "dsa": 0}
+        server.forget()
+        hit = server.generate(tokens(size), 4)
+        check_records(server.records(), SAMPLED, TOPK)
+        rows = list(range(cached(hit) + 1, size + 1))
+        assert prompt_rows(server.capture_dir) == [rows, rows]
+        assert 0 < len(rows) < 100 and output(hit) == output(cold)

@@ -59,6 +59,12 @@ def parse(model):
     )
 
 
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """SGLang sets this for good with context parallelism, and not where it is set."""
+    monkeypatch.setenv("SGLANG_ENABLE_CP_V2", "0")
+
+
 # Of arguments that say nothing but --enable-misa.
 DEFAULTS = MisaConfig(rerank_candidates=DEFAULT_RERANK_CANDIDATES)
 
@@ -185,9 +191,12 @@ def test_values_that_are_no_numbers(parse, flag, capsys):
     assert f"--misa-{flag}: invalid int value: 'many'" in capsys.readouterr().err
 
 
+CP = "--tp-size 2 --enable-prefill-cp --cp-strategy"
 COMBINATIONS = [
     ("--use-ray", "drop --use-ray"),
     ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
+    (f"{CP} zigzag", "use these, or drop"),
+    (f"{CP} interleave --misa-router pooled", "use --misa-router sampled"),
     ("--dcp-size 2 --tp-size 2", "drop --dcp-size"),
     (
         f"{POOLED} --disaggregation-mode prefill",
@@ -249,17 +258,17 @@ def test_unsupported_combinations(parse, flags, remedy):
     assert "--enable-misa" in message and remedy in message
 
 
+def test_context_parallelism_that_deals_rows_out(parse):
+    args = parse(f"{CP} interleave")
+    assert args.attn_cp_size == 2 and args.misa_router == "sampled"
+
+
 SETTINGS = [
     # SGLang itself changes or rejects these on a CPU before MISA sees them.
     ("page_size", 32, "--page-size"),
     ("page_size", 128, "--page-size"),
     ("device", "npu", "NPU"),
     ("device", "xpu", "XPU"),
-    (
-        "enable_dsa_prefill_context_parallel",
-        True,
-        "prefill context-parallel flags",
-    ),
     ("enable_dsa_cache_layer_split", True, "drop --enable-dsa-cache-layer-split"),
 ]
 

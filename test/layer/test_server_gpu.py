@@ -1,10 +1,11 @@
 """MISA in a server on a GPU, with the kernels: selections are those defined, up to ties."""
 
 import base64
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from checks import check_record, check_speculation
+from checks import check_record, check_speculation, prompt_rows
 from marks import needs_gpu
 from pd import is_part, keys_of, serve_pair
 
@@ -254,4 +255,99 @@ def test_memory_that_is_given_back(tiny_model, tmp_path):
         after = server.generate(prompt, 140)
         assert after["meta_info"]["cached_tokens"] == 0
         assert after["output_ids"] == before["output_ids"]
+        check_all(server, config)
+
+
+needs_two_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs of one host"
+)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_parallel(family, tiny_model, tmp_path):
+    """The ranks share the rows of long prompts, and each selects for those of a short extend and of decode."""
+    config, size = CONFIGS["hierarchical"], PROMPTS[-1]
+    with serve(
+        tiny_model(family, LAYERS, TOPK),
+        tmp_path,
+        *misa_args(config),
+        *("--tp", "2", "--disable-cuda-graph"),
+        env=POSITIONS,
+    ) as server:
+        cold = server.generate(tokens(size), 20)
+        check_all(server, config)
+        one, two = prompt_rows(server.capture_dir)
+        assert sorted(one + two) == list(range(1, size + 1))
+        assert min(len(one), len(two)) > size // 3
+        (state,) = server.get("/get_server_info").json()["internal_states"]
+        counts = {"misa": LAYERS * size, "all_heads": 0, "dsa": 0}
+        assert state["misa_rows"] == counts
+        server.forget()
+        hit = server.generate(tokens(size), 20)
+        assert hit["meta_info"]["cached_tokens"] == (size - 1) // 64 * 64
+        assert len(cold["output_ids"]) == len(hit["output_ids"]) == 20
+        check_all(server, config)
+        one, two = prompt_rows(server.capture_dir)
+        assert one == two == list(range((size - 1) // 64 * 64 + 1, size + 1))
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("family", FAMILIES)
+def test_data_parallel_attention(family, tiny_model, tmp_path):
+    """With idle ranks, padding rows, and decode in CUDA graphs."""
+    config = CONFIGS["hierarchical"]
+    with serve(
+        tiny_model(family, LAYERS, TOPK),
+        tmp_path,
+        *misa_args(config),
+        *("--tp", "2", "--dp", "2", "--enable-dp-attention"),
+        # The recorder sees eager calls only.
+        *("--cuda-graph-backend-prefill", "disabled"),
+        env=POSITIONS,
+    ) as server:
+        # The other rank is idle.
+        assert len(server.generate(tokens(3000, 1), 40)["output_ids"]) == 40
+        sizes = 32000, 2500, 100, 5000, 9000, 64
+        with ThreadPoolExecutor(len(sizes)) as threads:
+            answers = [
+                threads.submit(server.generate, tokens(size, size), 40)
+                for size in sizes
+            ]
+            assert all(len(x.result()["output_ids"]) == 40 for x in answers)
+        check_all(server, config)
+        rows = prompt_rows(server.capture_dir)
+        assert len(rows) == 2 and all(rows), "one rank had all prompts"
+        assert max(map(max, rows)) == 32000
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_parallel(family, tiny_model, tmp_path):
+    """Rows are dealt out to the ranks, one by one."""
+    config = CONFIGS["hierarchical"]
+    with serve(
+        tiny_model(family, LAYERS, TOPK),
+        tmp_path,
+        *misa_args(config),
+        *("--tp", "2", "--enable-prefill-cp", "--cp-strategy", "interleave"),
+        "--disable-cuda-graph",
+        env=POSITIONS,
+    ) as server:
+        for size in (2501, 32000):
+            answer = server.generate(tokens(size), 20)
+            assert len(answer["output_ids"]) == 20
+            check_all(server, config)
+            one, two = sorted(prompt_rows(server.capture_dir))
+            assert one == list(range(1, size + 1, 2))
+            assert two == list(range(2, size + 1, 2))
+            server.reset()
+        # Several prompts in a chunk: a rank has other rows of each.
+        sizes = 2501, 3001, 900, 2200
+        with ThreadPoolExecutor(len(sizes)) as threads:
+            answers = [
+                threads.submit(server.generate, tokens(size, size), 20)
+                for size in sizes
+            ]
+            assert all(len(x.result()["output_ids"]) == 20 for x in answers)
         check_all(server, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Iterator, List, Optional, Tuple
 
@@ -9,9 +10,12 @@ import torch
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
+from sglang.srt.layers.attention.dsa.utils import can_dsa_prefill_cp_round_robin_split
+from sglang.srt.runtime_context import get_parallel
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 @dataclass(frozen=True)
@@ -57,27 +61,68 @@ class Batch:
         )
 
 
-def rows_below(metadata: DSAIndexerMetadata, length: int) -> int:
-    """How many rows of an extend batch see fewer tokens than `length`, from what the host knows."""
-    rows = metadata.get_dsa_extend_len_cpu()
-    seq_lens = metadata.get_indexer_seq_len_cpu().tolist()
-    return sum(
-        min(count, max(0, length - 1 - (seq_len - count)))
-        for seq_len, count in zip(seq_lens, rows)
+def _is_split(forward_batch: ForwardBatch) -> bool:
+    """Whether context parallelism deals the rows of an extend batch out, one by one, to the ranks of its group."""
+    return get_parallel().attn_cp_size > 1 and can_dsa_prefill_cp_round_robin_split(
+        forward_batch
     )
 
 
-def extend_batch(metadata: DSAIndexerMetadata) -> Batch:
-    """The rows of an extend batch."""
+def _dealt_spans(forward_batch: ForwardBatch) -> List[range]:
+    """The lengths of this rank's rows of every sequence; of some sequences it may have none."""
+    parallel = get_parallel()
+    size, rank = parallel.attn_cp_size, parallel.attn_cp_rank
+    spans, before = [], 0
+    for end, count in zip(
+        forward_batch.seq_lens_cpu.tolist(), forward_batch.extend_seq_lens_cpu
+    ):
+        first = (rank - before) % size
+        spans.append(range(end - count + 1 + first, end + 1, size))
+        before += count
+    return spans
+
+
+def extend_spans(
+    forward_batch: ForwardBatch, metadata: DSAIndexerMetadata
+) -> List[range]:
+    """The lengths of the rows of each sequence of an extend batch, from what the host knows."""
+    if _is_split(forward_batch):
+        # The metadata has no sequence of which this rank has no rows.
+        return [span for span in _dealt_spans(forward_batch) if span]
     rows = metadata.get_dsa_extend_len_cpu()
     seq_lens = metadata.get_indexer_seq_len_cpu().tolist()
-    first = [length - count + 1 for length, count in zip(seq_lens, rows)]
+    return [range(end - count + 1, end + 1) for end, count in zip(seq_lens, rows)]
+
+
+def extend_rids(forward_batch: ForwardBatch) -> List[str]:
+    """The request of each sequence of an extend batch."""
+    if not _is_split(forward_batch):
+        return forward_batch.rids
+    spans = _dealt_spans(forward_batch)
+    return [rid for rid, span in zip(forward_batch.rids, spans) if span]
+
+
+def rows_below(spans: List[range], length: int) -> int:
+    """How many rows of an extend batch see fewer tokens than `length`."""
+    return sum(bisect_left(span, length) for span in spans)
+
+
+def bounds_of(spans: List[range]) -> Tuple[int, int]:
+    """The least and the largest length; 0 of no rows."""
+    spans = [span for span in spans if span]
+    least = min((span[0] for span in spans), default=0)
+    return least, max((span[-1] for span in spans), default=0)
+
+
+def extend_batch(forward_batch: ForwardBatch, metadata: DSAIndexerMetadata) -> Batch:
+    """The rows of an extend batch; with context parallelism those of this rank."""
+    spans = extend_spans(forward_batch, metadata)
     return Batch(
         page_table=metadata.get_page_table_64(),
         cu_rows=metadata.attn_metadata.cu_seqlens_q,
         lengths=metadata.get_seqlens_expanded(),
-        rows=rows,
-        bounds=(min(first, default=0), max(seq_lens, default=0)),
+        rows=[len(span) for span in spans],
+        bounds=bounds_of(spans),
     )
 
 

@@ -6,7 +6,7 @@ Every hook leaves SGLang as it is when MISA is off.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 import torch
@@ -16,6 +16,7 @@ from sglang.srt.layers.misa.batch import (
     attention_output,
     decode_batch,
     extend_batch,
+    extend_spans,
     rows_below,
 )
 from sglang.srt.layers.misa.config import MisaConfig
@@ -23,11 +24,13 @@ from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
 from sglang.srt.layers.misa.metrics import ROWS, export
 from sglang.srt.layers.misa.patching import check_engaged, check_objects
 from sglang.srt.layers.misa.pooled_keys import BYTES_PER_TOKEN, PooledKeys
+from sglang.srt.layers.misa.row_sharding import gather, part_of, pays, share_of
 from sglang.srt.layers.misa.server_args import misa_config
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
-from sglang.srt.runtime_context import get_server_args
+from sglang.srt.runtime_context import get_parallel, get_server_args
 
 if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
     from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
@@ -121,7 +124,7 @@ def select_ragged(
     args = enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata
     if (config := active_config()) is None:
         return original(indexer, *args, topk_result)
-    batch = extend_batch(metadata)
+    batch = extend_batch(forward_batch, metadata)
     if not misa_selects(config, batch):
         ROWS.add("dsa", len(batch.lengths))
         return original(indexer, *args, topk_result)
@@ -155,10 +158,7 @@ def _selected(
     if rows:
         output, offsets = attention_output(call.metadata)
         offsets = None if offsets is None else offsets[:rows]
-        selection = select(call, config, batch, output, offsets)
-        indices = selection.indices
-        if batch.bounds is not None:
-            _count(call, config, selection)
+        indices = _select_all(call, config, batch, output, offsets)
     if out is None:
         if rows == len(call.q):
             return indices
@@ -167,15 +167,47 @@ def _selected(
     return out
 
 
-def _count(call: Call, config: MisaConfig, selection: Selection) -> None:
-    """Count the rows of an extend batch, on the host."""
-    rows = by_all = len(selection.indices)
+def sharing(batch: Batch) -> Optional[GroupCoordinator]:
+    """The ranks that share the rows of a batch; None where each selects for all of its rows."""
+    if batch.bounds is None or get_parallel().attn_tp_size == 1:
+        return None
+    group = get_parallel().attn_tp_group
+    shared = pays(len(batch.lengths), batch.bounds[1], group.world_size)
+    return group if shared else None
+
+
+def _select_all(
+    call: Call,
+    config: MisaConfig,
+    batch: Batch,
+    output: str,
+    offsets: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """What `select` chooses for the rows of a batch, by this rank or by those that share them -> int32 [T, topk]."""
+    if batch.bounds is None:
+        return select(call, config, batch, output, offsets).indices
+    spans = extend_spans(call.forward_batch, call.metadata)
+    rows, group = len(batch.lengths), sharing(batch)
+    if group is None:
+        selection = select(call, config, batch, output, offsets)
+        indices = selection.indices
+    else:
+        mine = share_of(rows, group.world_size, group.rank_in_group)
+        selection = select(
+            replace(call, q=call.q[mine], weights=call.weights[mine]),
+            config,
+            part_of(batch, spans, mine),
+            output,
+            None if offsets is None else offsets[mine],
+        )
+        indices = gather(selection.indices, rows, group)
+    # Every rank counts all rows, whoever selected for them: SGLang exports what one rank of a group has counted.
+    by_all = rows
     if selection.heads is not None:
-        by_all = 0
-        if selection.dense is not None:
-            by_all = rows_below(call.metadata, config.min_context)
+        by_all = rows_below(spans, config.dense_below(call.topk))
     ROWS.add("all_heads", by_all)
     ROWS.add("misa", rows - by_all)
+    return indices
 
 
 def select(
@@ -185,7 +217,10 @@ def select(
     output: str,
     offsets: Optional[torch.Tensor],
 ) -> Selection:
-    """Select for the rows of a batch; see `MisaIndexer.select`. The evaluation hooks in here, where MISA is on."""
+    """Select for the rows of a batch; see `MisaIndexer.select`.
+
+    The evaluation hooks in here, where MISA is on. Of rows that are shared, a rank sees its share.
+    """
     indexer = MisaIndexer(config=config, topk=call.topk, forced=call.forced)
     tensors = call.tensors(len(batch.lengths))
     return indexer.select(**tensors, batch=batch, output=output, offsets=offsets)

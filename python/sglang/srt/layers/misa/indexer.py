@@ -108,9 +108,8 @@ class MisaIndexer:
                 topk=self.topk,
                 **form,
             )
-        # Decode routes all rows. Those that see at most topk tokens select all of them, whichever heads score.
-        least = config.min_context if batch.bounds is None else batch.bounds[0]
-        if least >= config.min_context or config.min_context <= self.topk + 1:
+        # Decode routes all rows.
+        if batch.bounds is None or batch.bounds[0] >= config.dense_below(self.topk):
             return selection
 
         # Rows that see too few tokens are not a contiguous part of the batch. All rows are scored again, as if none saw

@@ -15,6 +15,7 @@ from sglang.srt.layers.misa.batch import (
     attention_output,
     decode_batch,
     extend_batch,
+    extend_rids,
 )
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation.capture import Recorder
@@ -58,6 +59,9 @@ class OtherSelection:
         )
         tensors = call.tensors(len(batch.lengths))
         return indexer.select(**tensors, batch=batch, output=output, offsets=offsets)
+
+    def sharing(self, batch: Batch) -> None:
+        """In place of `misa.hooks.sharing`: every rank selects for all rows, since the heaviest heads are those of the first rows."""
 
     def announce(self, config: MisaConfig, pooled_keys_bytes: int) -> None:
         """In place of `misa.hooks.announce`."""
@@ -114,7 +118,7 @@ class Recording:
     ) -> None:
         """After `Indexer._get_topk_ragged` (extend)."""
         call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-        self._record_dsa(call, extend_batch(metadata), result)
+        self._record_dsa(call, extend_batch(forward_batch, metadata), result)
 
     def after_paged(
         self, result, indexer, forward_batch, layer_id, q_fp8, weights, metadata
@@ -149,8 +153,10 @@ class Recording:
     ) -> None:
         """Record every request's rows, those that all heads scored by themselves."""
         pool = get_token_to_kv_pool()
-        # Sequences behind the last request are padding.
-        for rid, (index, rows) in zip(call.forward_batch.rids, batch.sequences()):
+        decode, forward_batch = batch.bounds is None, call.forward_batch
+        rids = forward_batch.rids if decode else extend_rids(forward_batch)
+        # Sequences behind those of the requests are padding, of data parallelism.
+        for (index, rows), rid in zip(batch.sequences(), rids):
             routed = selection.heads, selection.shared_q, selection.shared_scale
             nothing = None, None, None
             parts = [(rows, routed)]
@@ -171,7 +177,7 @@ class Recording:
                     layer_id=call.layer_id,
                     rid=rid,
                     draft=call.draft,
-                    decode=batch.bounds is None,
+                    decode=decode,
                     router=router,
                     q=call.q[part],
                     weights=call.weights[part].squeeze(-1),
@@ -206,11 +212,12 @@ class Recording:
         parts = q.view(-1, heads, width), q_rope.view(-1, heads, layer.head_dim - width)
         q = torch.cat(parts, dim=-1)
         metadata = backend.get_indexer_metadata(layer.layer_id, forward_batch)
-        batch = extend_batch(metadata)
-        for index, rows in batch.sequences():
+        batch = extend_batch(forward_batch, metadata)
+        sequences = zip(batch.sequences(), extend_rids(forward_batch))
+        for (index, rows), rid in sequences:
             self.recorder.record_attention(
                 layer_id=layer.layer_id,
-                rid=forward_batch.rids[index],
+                rid=rid,
                 q=q[rows],
                 lengths=batch.lengths[rows],
                 latent=latent,
