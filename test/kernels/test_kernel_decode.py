@@ -106,7 +106,7 @@ def test_forced_tokens(forced, topk, rows):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("active_heads", [2, 8, None])
 def test_exact_scores_and_the_same_as_prefill(rows, active_heads):
-    tokens = [300, 2048, 9000, 40_000, 5]
+    tokens = [300, 2048, 9000, 40_000, max(5, rows)]
     batch = write_batch([integer_inputs(rows, 64, n, seed=n) for n in tokens])
     heads = random_heads(batch, active_heads)
     out = decode(batch, heads, 2048)

@@ -1,17 +1,18 @@
 """MISA in a server on the CPU engine: scheduler, radix cache, chunked prefill and decode are SGLang's own."""
 
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from checks import check_records, covered, selections
+from checks import check_records, check_speculation, covered, prompt_rows, selections
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
-from sglang_misa.server import misa_args, serve, tokens
+from sglang_misa.server import chain, misa_args, serve, tokens
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="runs on the CPU engine; see test_server_gpu.py"
@@ -169,7 +170,8 @@ def test_abort_in_mid_prefill(fresh):
     assert torch.equal(selections(again, *rows), selections(first, *rows))
 
 
-SETTINGS = {"active_heads": 4, "rerank_candidates": 512, "min_context": 700}
+HIERARCHICAL = {"active_heads": 4, "rerank_candidates": 512}
+SETTINGS = {**HIERARCHICAL, "min_context": 700}
 
 
 @pytest.mark.parametrize(
@@ -299,6 +301,41 @@ def check_audit(server):
 
 
 @pytest.mark.parametrize(
+    "family, config, steps",
+    [
+        (FAMILIES[0], replace(SAMPLED, decode="dsa", **HIERARCHICAL), 3),
+        (FAMILIES[1], POOLED, 1),
+    ],
+    ids=FAMILIES,
+)
+def test_speculative_decoding(family, config, steps, tiny_model, tmp_path):
+    """The tokens are those that the model predicts, and every pass selects as defined."""
+    with serve(
+        tiny_model(family, LAYERS, TOPK, nextn=True),
+        tmp_path,
+        *misa_args(config),
+        *chain(steps),
+        *("--chunked-prefill-size", "512"),
+    ) as server:
+        prompts = [tokens(size, size) for size in (300, 530)]
+        records = check_speculation(server, prompts, 70)
+    verified = defaultdict(set)
+    for r in records:
+        if r["decode"] and not r["draft"]:
+            verified[r["rid"]].update(r["lengths"].tolist())
+    # The rows of all new tokens but the last, and those of drafts behind them.
+    for prompt, lengths in zip(prompts, sorted(verified.values(), key=min)):
+        first = len(prompt) + 1
+        assert min(lengths) == first and lengths >= set(range(first, first + 69))
+    # One row a sequence in draft decode, of which there is none with a single draft.
+    passes = {(r["draft"], len(r["q"])) for r in records if r["decode"]}
+    several = {(False, steps + 1), (True, steps + 1)}
+    assert passes == several | ({(True, 1)} if steps > 1 else set())
+    # Every pass, some steps of each request: the definition routes one row at a time.
+    check_records(records[::7], config, TOPK)
+
+
+@pytest.mark.parametrize(
     "family, config", [(FAMILIES[0], SAMPLED), (FAMILIES[1], POOLED)], ids=FAMILIES
 )
 def test_retraction(family, config, tiny_model, tmp_path):
@@ -332,3 +369,29 @@ def test_retraction(family, config, tiny_model, tmp_path):
     check_records(again, config, TOPK)
     rows = 1, 349
     assert torch.equal(selections(again, *rows), selections(first, *rows))
+
+
+def test_two_ranks(tiny_model, tmp_path):
+    """They share the rows of a long prompt, and each selects for all rows of a short one."""
+    size = 2100
+    with serve(
+        tiny_model("deepseek_v32", LAYERS, TOPK),
+        tmp_path,
+        *misa_args(SAMPLED),
+        *("--tp", "2", "--chunked-prefill-size", "4096"),
+        # SGLang wants to be told where there is one NUMA node.
+        env={"SGLANG_CPU_OMP_THREADS_BIND": "0|0"},
+    ) as server:
+        cold = server.generate(tokens(size), 4)
+        check_records(server.records(), SAMPLED, TOPK)
+        shares = sorted(prompt_rows(server.capture_dir))
+        middle = len(shares[0]) + 1
+        assert shares == [list(range(1, middle)), list(range(middle, size + 1))]
+        (state,) = server.get("/get_server_info").json()["internal_states"]
+        assert state["misa_rows"] == {"misa": LAYERS * size, "all_heads": 0, "dsa": 0}
+        server.forget()
+        hit = server.generate(tokens(size), 4)
+        check_records(server.records(), SAMPLED, TOPK)
+        rows = list(range(cached(hit) + 1, size + 1))
+        assert prompt_rows(server.capture_dir) == [rows, rows]
+        assert 0 < len(rows) < 100 and output(hit) == output(cold)

@@ -29,10 +29,14 @@ pytestmark = pytest.mark.skipif(
 
 HEADS, TOPK = 64, 256
 POOLED = "--misa-router pooled"
-SPECULATIVE = (
-    "--speculative-algorithm EAGLE --speculative-num-steps 2 --speculative-eagle-topk 1 "
-    "--speculative-num-draft-tokens 3"
-)
+
+
+def chain(steps: int, algorithm: str = "EAGLE") -> str:
+    """Speculative decoding with so many drafts, one after the other."""
+    return (
+        f"--speculative-algorithm {algorithm} --speculative-num-steps {steps} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {steps + 1}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,12 @@ def parse(model):
     return lambda flags="", path=model: prepare_server_args(
         ["--model-path", path, *FLAGS, "--enable-misa", *flags.split()]
     )
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """SGLang sets this for good with context parallelism, and not where it is set."""
+    monkeypatch.setenv("SGLANG_ENABLE_CP_V2", "0")
 
 
 # Of arguments that say nothing but --enable-misa.
@@ -96,11 +106,21 @@ def test_values_at_the_bounds_are_accepted(parse):
         # They say how SGLang's own indexer decodes.
         "--dsa-topk-backend flashinfer",
         "--dsa-paged-mqa-logits-backend cutedsl",
+        # Where index K moves, the sampled router follows it.
+        "--enable-hierarchical-cache",
+        "--enable-hierarchical-cache --hicache-mem-layout layer_first --hicache-write-policy write_back",
+        "--disaggregation-mode prefill",
+        "--disaggregation-mode prefill --enable-hierarchical-cache",
+        "--disaggregation-mode decode",
+        "--disaggregation-mode decode --disaggregation-decode-enable-radix-cache",
         f"--misa-rerank-candidates {TOPK}",
         f"--misa-rerank-candidates {MAX_CONTEXT}",
         "--misa-min-context 0",
         "--misa-min-context 4096",
         "--misa-audit-interval 1",
+        *(chain(steps) for steps in (1, 3, 5)),
+        chain(3, "NEXTN"),
+        f"{POOLED} {chain(3)}",
     ):
         parse(flags)
 
@@ -178,17 +198,53 @@ def test_values_that_are_no_numbers(parse, flag, capsys):
     assert f"--misa-{flag}: invalid int value: 'many'" in capsys.readouterr().err
 
 
+CP = "--tp-size 2 --enable-prefill-cp --cp-strategy"
 COMBINATIONS = [
     ("--use-ray", "drop --use-ray"),
     ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
+    (f"{CP} zigzag", "use these, or drop"),
+    (f"{CP} interleave --misa-router pooled", "use --misa-router sampled"),
     ("--dcp-size 2 --tp-size 2", "drop --dcp-size"),
-    ("--disaggregation-mode prefill", "drop --disaggregation-mode"),
-    ("--disaggregation-mode decode", "drop --disaggregation-mode"),
-    ("--enable-hierarchical-cache", "drop --enable-hierarchical-cache"),
+    (
+        f"{POOLED} --disaggregation-mode prefill",
+        "drop --misa-router or --disaggregation-mode",
+    ),
+    (
+        f"{POOLED} --disaggregation-mode decode",
+        "drop --misa-router or --disaggregation-mode",
+    ),
+    (
+        f"{POOLED} --enable-hierarchical-cache",
+        "drop --misa-router or --enable-hierarchical-cache",
+    ),
+    (
+        f"--enable-hierarchical-cache {chain(3)}",
+        "drop --enable-hierarchical-cache or --speculative-algorithm",
+    ),
+    (
+        "--disaggregation-mode decode --disaggregation-decode-enable-radix-cache --enable-hierarchical-cache",
+        "drop --enable-hierarchical-cache there",
+    ),
+    (
+        "--disaggregation-mode decode --disaggregation-decode-enable-offload-kvcache --hicache-storage-backend file",
+        "drop --disaggregation-decode-enable-offload-kvcache",
+    ),
     ("--enable-lmcache", "drop --enable-lmcache"),
     ("--enable-flexkv", "--enable-flexkv"),
     ("--enable-hisparse", "drop --enable-hisparse"),
-    (SPECULATIVE, "drop --speculative-algorithm"),
+    *(
+        (chain(3, algorithm), "set --speculative-algorithm to EAGLE")
+        for algorithm in ("EAGLE3", "STANDALONE")
+    ),
+    (
+        "--speculative-algorithm NGRAM --speculative-ngram-max-bfs-breadth 1",
+        "set --speculative-algorithm to EAGLE",
+    ),
+    (f"{chain(3)} --enable-multi-layer-eagle", "drop --enable-multi-layer-eagle"),
+    (
+        f"{chain(3)} --speculative-draft-attention-backend flashinfer",
+        "drop --speculative-draft-attention-backend",
+    ),
     ("--prefill-attention-backend flashinfer", "--prefill-attention-backend"),
     ("--decode-attention-backend flashinfer", "--decode-attention-backend"),
     ("--cuda-graph-backend-prefill full", "drop --cuda-graph-backend-prefill full"),
@@ -209,17 +265,17 @@ def test_unsupported_combinations(parse, flags, remedy):
     assert "--enable-misa" in message and remedy in message
 
 
+def test_context_parallelism_that_deals_rows_out(parse):
+    args = parse(f"{CP} interleave")
+    assert args.attn_cp_size == 2 and args.misa_router == "sampled"
+
+
 SETTINGS = [
     # SGLang itself changes or rejects these on a CPU before MISA sees them.
     ("page_size", 32, "--page-size"),
     ("page_size", 128, "--page-size"),
     ("device", "npu", "NPU"),
     ("device", "xpu", "XPU"),
-    (
-        "enable_dsa_prefill_context_parallel",
-        True,
-        "prefill context-parallel flags",
-    ),
     ("enable_dsa_cache_layer_split", True, "drop --enable-dsa-cache-layer-split"),
 ]
 
@@ -254,6 +310,12 @@ EVALUATIONS = [
         "add --disable-cuda-graph",
     ),
     ("hisa", "--cuda-graph-backend-prefill breakable", "add --disable-cuda-graph"),
+    # MISA would select in verify.
+    (
+        "hisa",
+        f"{chain(3)} --cuda-graph-backend-decode full",
+        "add --disable-cuda-graph",
+    ),
     ("random-heads", "--misa-rerank-candidates 512", "drop --misa-rerank-candidates"),
     ("heaviest-heads", "--misa-min-context 512", "--misa-min-context"),
     ("hisa", "--misa-audit-interval 1000", "drop --misa-audit-interval"),
@@ -345,6 +407,18 @@ def test_kernels_that_do_not_run_here(on_gpu, monkeypatch):
 def test_a_cpu_needs_no_kernels(parse, monkeypatch):
     monkeypatch.setitem(sys.modules, "sgl_kernel_misa", None)
     parse("--misa-rerank-candidates 1000")
+
+
+def test_draft_tokens_that_the_kernels_do_not_take(on_gpu, monkeypatch):
+    kernels = operations.operations(torch.device("cuda"))
+    monkeypatch.setattr(kernels, "MAX_ROWS", 4)
+    module.check_misa_server_args(on_gpu(chain(3)))
+    message = refusal(module.check_misa_server_args, on_gpu(chain(4)))
+    assert "--speculative-num-draft-tokens 5" in message and "at most 4" in message
+    # Its number of drafts changes while it runs: 7 at most.
+    adaptive = on_gpu("--speculative-algorithm EAGLE --speculative-adaptive")
+    message = refusal(module.check_misa_server_args, adaptive)
+    assert "--speculative-num-draft-tokens 8" in message
 
 
 @pytest.mark.parametrize("candidates", [1000, 16448])

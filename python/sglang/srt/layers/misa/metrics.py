@@ -16,8 +16,10 @@ class RowCounts:
 
     Attributes:
         counts: rows that MISA routed ("misa"), that all heads scored in a batch of MISA's ("all_heads"), and of batches that
-            were left to SGLang's own indexer ("dsa"). What a CUDA graph replays, decode that is, passes no Python and is not
-            counted: all of it goes where --misa-decode says.
+            were left to SGLang's own indexer ("dsa"). What a CUDA graph replays, decode and speculative verify that is, passes
+            no Python and is not counted: decode goes where --misa-decode says, and verify to MISA. Every rank of an attention
+            TP group counts all rows, whoever of them selected; with context parallelism a rank counts its own, one in as many
+            as there are ranks.
     """
 
     def __init__(self) -> None:

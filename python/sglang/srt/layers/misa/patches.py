@@ -49,7 +49,7 @@ PATCHES = (
         f"{INDEXER}._get_topk_paged",
         HookType.AROUND,
         hooks.select_paged,
-        "selects in decode",
+        "selects in decode and in speculative verify",
         INDEXER_BACKENDS,
     ),
     Patch(
