@@ -211,7 +211,7 @@ COMBINATIONS = [
         "drop --misa-router or --enable-hierarchical-cache",
     ),
     (
-        f"--enable-hierarchical-cache {SPECULATIVE}",
+        f"--enable-hierarchical-cache {chain(3)}",
         "drop --enable-hierarchical-cache or --speculative-algorithm",
     ),
     (
