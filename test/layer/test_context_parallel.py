@@ -67,6 +67,7 @@ class Ranks:
         lengths, rows = self.batch.seq_lens, torch.tensor(self.batch.rows)
         forward_batch = SimpleNamespace(
             forward_mode=ForwardMode.EXTEND,
+            spec_info=None,
             batch_size=len(lengths),
             seq_lens=lengths.to(self.device),
             seq_lens_cpu=lengths,

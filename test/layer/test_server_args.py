@@ -303,7 +303,7 @@ def test_cpu_without_the_engine(parse, monkeypatch):
 
 
 EVALUATIONS = [
-    ("hiza", "", "set it to hisa, random-heads, heaviest-heads"),
+    ("hiza", "", "set it to hisa, random-heads"),
     (
         "hisa",
         "--misa-decode misa --cuda-graph-backend-decode full",
