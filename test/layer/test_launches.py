@@ -31,7 +31,7 @@ def test_a_row(launch, says, evidence):
     assert set(sentences) <= {refusal.message for refusal in REFUSALS}
     tests = re.findall(r"`(test_\w+\.py::\w+)`", evidence)
     assert all(is_test(name) for name in tests)
-    if says == "works":
+    if says in ("works", "works on a CPU", "not run"):
         assert tests and not sentences
     elif says == "refused":
         assert tests or sentences
