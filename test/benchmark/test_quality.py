@@ -24,7 +24,7 @@ from sglang.srt.layers.misa.testing.recall import share_of_dsa
 from sglang_misa.server import misa_args, serve
 
 CHECKPOINT = ROOT / "scripts" / "mini_dsa" / "checkpoint"
-CONTEXTS = (2560, 4096)
+CONTEXTS = (4096,)
 DEPTHS = (10, 60)
 TOPK, ROWS = 2048, 16
 MISA = MisaConfig("pooled", block_size=1024)
