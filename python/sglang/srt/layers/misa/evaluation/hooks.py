@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 
@@ -38,6 +38,8 @@ class OtherSelection:
         self.name = name
         # Each layer's heaviest heads, once there are any.
         self.heaviest: Dict[int, torch.Tensor] = {}
+        # The batch of the last selection that is free, which is so in all layers but the first.
+        self.selected: Optional[Tuple[ForwardBatch, Selection]] = None
 
     def select(
         self,
@@ -48,6 +50,8 @@ class OtherSelection:
         offsets: Optional[torch.Tensor],
     ) -> Selection:
         """In place of `misa.hooks.select`."""
+        if self.selected and self.selected[0] is call.forward_batch:
+            return self.selected[1]
         indexer = EvaluationIndexer(
             name=self.name,
             active_heads=config.active_heads,
@@ -57,7 +61,11 @@ class OtherSelection:
             heaviest=self.heaviest,
         )
         tensors = call.tensors(len(batch.lengths))
-        return indexer.select(**tensors, batch=batch, output=output, offsets=offsets)
+        form = {"output": output, "offsets": offsets}
+        selection = indexer.select(**tensors, batch=batch, **form)
+        if self.name == "free":
+            self.selected = call.forward_batch, selection
+        return selection
 
     def announce(self, config: MisaConfig, pooled_keys_bytes: int) -> None:
         """In place of `misa.hooks.announce`."""
