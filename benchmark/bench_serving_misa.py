@@ -21,6 +21,8 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from indexer import report
+from tqdm import tqdm
+
 from serving import records
 from serving.client import measure, warm_up
 from serving.configurations import (
@@ -34,10 +36,8 @@ from serving.configurations import (
 )
 from serving.memory import used_bytes, watched
 from serving.profile import profile, show
-from tqdm import tqdm
-
 from sglang_misa.client import Client
-from sglang_misa.server import StartError, launch, reserved_port
+from sglang_misa.server import launch, reserved_port
 
 # What --quick changes: minutes instead of an hour.
 QUICK = {
@@ -45,7 +45,7 @@ QUICK = {
     "contexts": [8192, 32768, 131072],
     "outputs": [64],
     "concurrency": [1],
-    "cached_contexts": [131072],
+    "cached_contexts": [32768],
     "extends": [64, 2048],
     "prompts": 4,
     "warm_ups": 1,
@@ -210,7 +210,9 @@ class Benchmark:
     def plan(self) -> List[Tuple[Configuration, List[Tuple[Sequence, List[Session]]]]]:
         """What is left: for each baseline the configurations that are up beside it at a time, and their sessions."""
         args, plan = self.args, []
-        for baseline, others in make_groups(args.variants, args.sweep, args.speculative):
+        for baseline, others in make_groups(
+            args.variants, args.sweep, args.speculative
+        ):
             left = {c: self.left(c) for c in (baseline, *others)}
             wanted = [c for c in others if left[c]]
             batches = [

@@ -13,8 +13,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
 from serving.configurations import BASELINE
-from serving.records import THROUGHPUT, label
+from serving.records import THROUGHPUT, label, served
 
 
 def usual(records: List[Dict], name: str):
@@ -64,7 +65,9 @@ def draw_over_heads(axes, records: List[Dict]) -> None:
         mine.sort(key=lambda r: r["active_heads"])
         heads = [r["active_heads"] for r in mine]
         axes.plot(heads, [r[THROUGHPUT] for r in mine], "o-", label=variant)
+    ticks = sorted({r["active_heads"] for r in records if r["active_heads"]})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, map(str, ticks))
     axes.set_xlabel("heads that score")
     axes.set_ylabel("tokens/s a GPU, in and out")
     axes.set_title(f"throughput, {longest // 1024}K / {output}, {most} at once")
@@ -86,12 +89,12 @@ def draw_pareto(axes, records: List[Dict]) -> None:
 
 def draw(records: List[Dict], output: Path) -> None:
     records = [record for record in records if not record["cache_hit"]]
-    models = list(dict.fromkeys(record["model"] for record in records))
+    models = list(dict.fromkeys(map(served, records)))
     figure, rows = plt.subplots(
         len(models), 4, figsize=(22, 5 * len(models)), squeeze=False
     )
     for model, row in zip(models, rows):
-        mine = [record for record in records if record["model"] == model]
+        mine = [record for record in records if served(record) == model]
         draw_over_context(row[0], mine, "ttft_ms", f"{model}: time to first token")
         draw_over_context(row[1], mine, "tpot_ms", "time per output token")
         draw_over_heads(row[2], mine)

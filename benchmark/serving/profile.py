@@ -105,16 +105,14 @@ def profile(server: Client, context: int, chunk: int, sequences: int) -> Dict:
     return found
 
 
-def _profiled(
-    server: Client, prompts: List[List[int]], steps: int, stage: str
-) -> Dict:
+def _profiled(server: Client, prompts: List[List[int]], steps: int, stage: str) -> Dict:
     activities = ["GPU"] if torch.cuda.is_available() else ["CPU"]
     with tempfile.TemporaryDirectory() as folder:
         body = {"output_dir": folder, "num_steps": steps, "profile_by_stage": True}
         server.post("/start_profile", activities=activities, **body)
         # It ends with the step behind the last one that is profiled.
         server.generate(prompts, DECODE_STEPS + 4)
-        (trace,) = Path(folder).rglob(f"*{stage}*.trace.json.gz")
+        (trace,) = Path(folder).rglob(f"*TP-0*{stage}.trace.json.gz")
         return read_trace(trace, steps)
 
 
@@ -129,7 +127,7 @@ def show(label: str, found: Dict, most: int = 12) -> str:
         for part, us in trace["parts"].items():
             lines.append(f"  {part:16} {us:10.0f} us {us / busy:6.1%}")
         for name, calls, us in trace["kernels"][:most]:
-            lines.append(f"    {us:10.1f} us {us / busy:6.1%} {calls:6.1f} x {name[:90]}")
+            lines.append(
+                f"    {us:10.1f} us {us / busy:6.1%} {calls:6.1f} x {name[:90]}"
+            )
     return "\n".join(lines)
-
-

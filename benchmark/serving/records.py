@@ -135,8 +135,8 @@ HEADINGS = (
 def table(records: Sequence[Dict]) -> str:
     """Markdown: a table for each model, with the value of each record, DSA's in the same run and the speed-up."""
     lines: List[str] = []
-    for model in dict.fromkeys(record["model"] for record in records):
-        mine = [record for record in records if record["model"] == model]
+    for model in dict.fromkeys(map(served, records)):
+        mine = [record for record in records if served(record) == model]
         lines += ["", f"{model}, {mine[-1]['device']}", ""]
         lines += [f"| {' | '.join(HEADINGS)} |", "| --- " * len(HEADINGS) + "|"]
         for record in sorted(mine, key=_order):
@@ -147,6 +147,11 @@ def table(records: Sequence[Dict]) -> str:
 def _order(record: Dict) -> Tuple:
     place = [record[name] for name in ("context", "output", "concurrency")]
     return (record["cache_hit"], *place, record["variant"] != BASELINE)
+
+
+def served(record: Dict) -> str:
+    """The model of a record with what all its servers were given."""
+    return " ".join([record["model"], *record["server_args"]])
 
 
 def label(record: Dict) -> str:

@@ -6,6 +6,8 @@ import json
 import bench_serving_misa
 import pytest
 import torch
+from slice_model import NAMES, make_config, make_parts, write_slice, write_words
+
 from serving import records
 from serving.client import check_cached
 from serving.configurations import (
@@ -17,8 +19,7 @@ from serving.configurations import (
     make_sessions,
     parse_sweep,
 )
-from serving.profile import part_of, read_trace
-from slice_model import NAMES, make_config, make_parts, write_slice, write_words
+from serving.profile import part_of, profile, read_trace, show
 
 TOPK = 256
 META = {"device": "cpu", "versions": {}, "date": "2026-01-01"}
@@ -137,7 +138,10 @@ def test_traces(tmp_path):
         ("cpu_op", "aten::mm", 0, 1000),
     )
     trace = read_trace(path, steps=2)
-    assert trace["kernels"] == [("nvjet_gemm", 1, 12.5), ("sm90_fp8_paged_mqa_logits", 0.5, 5)]
+    assert trace["kernels"] == [
+        ("nvjet_gemm", 1, 12.5),
+        ("sm90_fp8_paged_mqa_logits", 0.5, 5),
+    ]
     assert (trace["span_us"], trace["busy_us"]) == (25, 15)
     assert trace["parts"] == {"matrix products": 12.5, "indexer": 5}
     write(("cpu_op", "aten::mm", 0, 8))
@@ -171,7 +175,9 @@ def test_slices(name, tmp_path):
     whole = config["n_routed_experts"] * config["moe_intermediate_size"]
     # An eighth of the experts' width, or of the experts.
     assert whole * 8 == 256 * 2048
-    assert config["num_attention_heads"] in ((16, 128) if "deepseek" in name else (8, 64))
+    assert config["num_attention_heads"] in (
+        (16, 128) if "deepseek" in name else (8, 64)
+    )
     config |= {"hidden_size": 64, "q_lora_rank": 32, "num_attention_heads": 2}
     config |= {"n_routed_experts": 2, "moe_intermediate_size": 48, "vocab_size": 90}
     config["intermediate_size"] = 80
@@ -215,6 +221,15 @@ def test_two_servers(tmp_path, monkeypatch, capfd):
     command += "--warm-ups 1 --cached-contexts 256 --extends 64 128".split()
     command += ["--extend-output", "2", "--logs", str(tmp_path / "logs"), "--"]
     command += [*FLAGS, "--skip-server-warmup"]
+    profiles, warm_up = [], bench_serving_misa.warm_up
+
+    def profile_and_warm_up(server, *rest):
+        if not profiles:
+            profiles.append(profile(server, context=320, chunk=64, sequences=2))
+        warm_up(server, *rest)
+
+    # A server of its own, as --profile has it, takes half a minute.
+    monkeypatch.setattr(bench_serving_misa, "warm_up", profile_and_warm_up)
 
     assert bench_serving_misa.main(command) == 0, capfd.readouterr().out
     found = records.read(output)
@@ -239,6 +254,10 @@ def test_two_servers(tmp_path, monkeypatch, capfd):
         assert record["baseline"]["ttft_ms"] == dsa["ttft_ms"]
         assert record["speedup"]["ttft_ms"] == dsa["ttft_ms"] / record["ttft_ms"]
     assert "| misa --misa-active-heads 4 | 320/4 x 2 |" in capfd.readouterr().out
+    for stage in profiles[0].values():
+        assert 0 < stage["busy_us"] <= stage["span_us"]
+        assert any("mm" in name for name, _, _ in stage["kernels"])
+    assert "dsa, decode: " in show("dsa", profiles[0])
 
     # All of it is there: no server starts.
     monkeypatch.setattr(bench_serving_misa, "launch", None)

@@ -61,8 +61,9 @@ class OtherSelection:
             heaviest=self.heaviest,
         )
         tensors = call.tensors(len(batch.lengths))
-        form = {"output": output, "offsets": offsets}
-        selection = indexer.select(**tensors, batch=batch, **form)
+        selection = indexer.select(
+            **tensors, batch=batch, output=output, offsets=offsets
+        )
         if self.name == "free":
             self.selected = call.forward_batch, selection
         return selection
