@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from sglang.srt.layers.misa.environment import EVAL_SELECTION
+from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
 
 BASELINE = "dsa"
 # As they are served, where benchmark/quality measures each of them on every row: arguments and environment.
@@ -143,8 +144,9 @@ class Session:
         """Tokens that the KV cache has to hold, so that neither requests wait nor prefixes are dropped."""
         last = self.workloads[-1]
         at_once = self.prompts if self.fill else min(self.prompts, last.concurrency)
-        # Some pages more for each, which a server allocates ahead.
-        return at_once * (last.context + last.output + 128)
+        # Whole pages, and some more for each, which a server allocates ahead.
+        pages = -(-(last.context + last.output) // PAGE_SIZE) + 2
+        return at_once * pages * PAGE_SIZE
 
 
 def make_sessions(

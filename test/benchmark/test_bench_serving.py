@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import time
+from types import SimpleNamespace
 
 import bench_serving_misa
 import pytest
 import torch
-from slice_model import NAMES, make_config, make_parts, write_slice, write_words
+from slice_model import NAMES, make_config, make_parts, write_slice
 
 from serving import records
 from serving.client import check_cached
@@ -22,6 +24,25 @@ from serving.configurations import (
 from serving.profile import part_of, profile, read_trace, show
 
 TOPK = 256
+# A slice that a CPU serves.
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "vocab_size": 900,
+    "bos_token_id": 899,
+    "eos_token_id": 899,
+    "pad_token_id": 899,
+}
 META = {"device": "cpu", "versions": {}, "date": "2026-01-01"}
 
 
@@ -59,10 +80,11 @@ def test_sessions():
     cached = {"cached_contexts": [640], "extends": [64, 128], "extend_output": 2}
     plain, turns = make_sessions([512], [8], [3], prompts=10, **cached)
     assert plain == Session((Workload(512, 8, 3),), prompts=30)
-    assert plain.room == 3 * (512 + 8 + 128)
+    # Whole pages of 64 tokens, and two more.
+    assert plain.room == 3 * (576 + 128)
     # A turn begins where the one before it ended, and all conversations stay in the cache.
     assert turns.workloads == (Workload(704, 2, 3, 640), Workload(832, 2, 3, 704))
-    assert turns.fill == 640 and turns.room == turns.prompts * (832 + 2 + 128)
+    assert turns.fill == 640 and turns.room == turns.prompts * (896 + 128)
     assert str(turns.workloads[0]) == "704 (640 cached)/2 x 3"
 
 
@@ -178,17 +200,15 @@ def test_slices(name, tmp_path):
     assert config["num_attention_heads"] in (
         (16, 128) if "deepseek" in name else (8, 64)
     )
-    config |= {"hidden_size": 64, "q_lora_rank": 32, "num_attention_heads": 2}
-    config |= {"n_routed_experts": 2, "moe_intermediate_size": 48, "vocab_size": 90}
-    config["intermediate_size"] = 80
+    config |= SMALL
     dense, moe, nextn = make_parts(config, "cpu")
-    assert dense["lm_head.weight"].shape == (90, 64)
-    assert dense["model.layers.0.mlp.up_proj.weight"].shape == (80, 64)
-    expert = "model.layers.1.mlp.experts.1.down_proj.weight"
-    assert moe[expert].shape == (64, 48)
-    assert moe[expert].float().std() * 48**0.5 == pytest.approx(1, abs=0.1)
-    assert moe["model.layers.1.mlp.shared_experts.up_proj.weight"].shape == (48, 64)
-    assert nextn["model.layers.2.eh_proj.weight"].shape == (64, 128)
+    assert dense["lm_head.weight"].shape == (900, 256)
+    assert dense["model.layers.0.mlp.up_proj.weight"].shape == (320, 256)
+    expert = "model.layers.1.mlp.experts.7.down_proj.weight"
+    assert moe[expert].shape == (256, 64)
+    assert moe[expert].float().std() * 64**0.5 == pytest.approx(1, abs=0.1)
+    assert moe["model.layers.1.mlp.shared_experts.up_proj.weight"].shape == (64, 256)
+    assert nextn["model.layers.2.eh_proj.weight"].shape == (256, 512)
     attention = {key.split(".", 3)[3] for key in moe if "self_attn" in key}
     assert attention == {key.split(".", 3)[3] for key in dense if "self_attn" in key}
     assert attention <= {key.split(".", 3)[3] for key in nextn}
@@ -199,8 +219,8 @@ def test_slices(name, tmp_path):
     with safe_open(tmp_path / index["weight_map"][expert], "pt") as file:
         assert torch.equal(file.get_tensor(expert), moe[expert])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.vocab_size == 90 and tokenizer.num_special_tokens_to_add() == 0
-    assert tokenizer.encode(tokenizer.decode([3, 89, 0])) == [3, 89, 0]
+    assert tokenizer.vocab_size == 900 and tokenizer.num_special_tokens_to_add() == 0
+    assert tokenizer.encode(tokenizer.decode([3, 899, 0])) == [3, 899, 0]
 
 
 @pytest.mark.skipif(
@@ -208,13 +228,16 @@ def test_slices(name, tmp_path):
 )
 def test_two_servers(tmp_path, monkeypatch, capfd):
     from sglang_cpu_engine.launch import FLAGS
-    from tiny_model import VOCAB_SIZE, write_tiny_model
 
+    from sglang.benchmark import serving
+
+    # It sleeps for a second in each of 24 runs.
+    quick = {**vars(time), "sleep": lambda seconds: None}
+    monkeypatch.setattr(serving, "time", SimpleNamespace(**quick))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model, output = tmp_path / "tiny", tmp_path / "serving.json"
-    write_tiny_model(model, layers=2, index_topk=TOPK)
-    # Bytes by chance are often no text, of which bench_serving takes the times.
-    write_words(model, VOCAB_SIZE)
+    config = make_config("deepseek-v3.2-tp8", layers=2) | {**SMALL, "index_topk": TOPK}
+    write_slice(model, config, dummy=False, device="cpu")
     command = ["--model-path", str(model), "--output", str(output)]
     command += ["--variants", "misa", "--sweep", "misa-active-heads=4"]
     command += "--contexts 320 --outputs 4 --concurrency 2 --prompts 1".split()
