@@ -84,7 +84,7 @@ class Benchmark:
                 args.outputs,
                 args.concurrency,
                 args.prompts,
-                args.cached_contexts,
+                () if args.profile else args.cached_contexts,
                 args.extends,
                 args.extend_output,
             )
@@ -246,6 +246,8 @@ class Benchmark:
         with ExitStack() as stack:
             first = self.start(stack, baseline)
             for some, sessions in batches:
+                if not self.in_time():
+                    return
                 with ExitStack() as beside:
                     others = [self.try_to(c.label, self.start, beside, c) for c in some]
                     servers = [first, *filter(None, others)]
