@@ -88,7 +88,7 @@ def main() -> int:
         default=CHECKPOINT,
         help="the checkpoint of a model whose tokens are bytes",
     )
-    add("--characters", type=int, default=8000, help="length of the text")
+    add("--characters", type=int, default=5000, help="length of the text")
     add("--dsa", action="store_true", help="ask DSA, without --enable-misa")
     add("server_args", nargs="*", help="further arguments of SGLang, after --")
     args = parser.parse_args()

@@ -49,14 +49,15 @@ FAMILIES = {
 }
 
 
-def make_config(family: str, layers: int, index_topk: int) -> dict:
-    """The config.json of a model whose layers are all dense."""
+def make_config(family: str, layers: int, index_topk: int, nextn: bool) -> dict:
+    """The config.json of a model whose layers are all dense, but for the NextN layer if it is to have one."""
     spec = FAMILIES[family]
     return {
         "architectures": [spec.architecture],
         "model_type": family,
         "vocab_size": VOCAB_SIZE,
-        "hidden_size": 256,
+        # SGLang's kernel for the input of a NextN layer takes no less than 512.
+        "hidden_size": 512 if nextn else 256,
         "intermediate_size": 512,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
@@ -81,7 +82,7 @@ def make_config(family: str, layers: int, index_topk: int) -> dict:
         "scoring_func": "sigmoid",
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": int(nextn),
         "max_position_embeddings": 163840,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
@@ -110,15 +111,18 @@ def make_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
     def norm(name: str, size: int) -> None:
         weights[f"{name}.weight"] = torch.ones(size, dtype=torch.bfloat16)
 
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    hidden = config["hidden_size"]
     heads, rope = config["num_attention_heads"], config["qk_rope_head_dim"]
     nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
     q_rank, kv_rank = config["q_lora_rank"], config["kv_lora_rank"]
     index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
 
-    normal("model.embed_tokens.weight", config["vocab_size"], hidden, std=1.0)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
+    def mlp(name: str, inner: int) -> None:
+        linear(f"{name}.gate_proj", inner, hidden)
+        linear(f"{name}.up_proj", inner, hidden)
+        linear(f"{name}.down_proj", hidden, inner)
+
+    def attention_layer(prefix: str) -> None:
         norm(f"{prefix}.input_layernorm", hidden)
         norm(f"{prefix}.post_attention_layernorm", hidden)
         attention = f"{prefix}.self_attn"
@@ -135,11 +139,38 @@ def make_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
         linear(f"{indexer}.weights_proj", index_heads, hidden)
         norm(f"{indexer}.k_norm", index_dim)
         normal(f"{indexer}.k_norm.bias", index_dim, std=0.02)
-        linear(f"{prefix}.mlp.gate_proj", inner, hidden)
-        linear(f"{prefix}.mlp.up_proj", inner, hidden)
-        linear(f"{prefix}.mlp.down_proj", hidden, inner)
+
+    def nextn_layer(prefix: str) -> None:
+        """Drafts by the token's embedding above all."""
+        norm(f"{prefix}.enorm", hidden)
+        norm(f"{prefix}.hnorm", hidden)
+        normal(f"{prefix}.eh_proj.weight", hidden, 2 * hidden, std=0.2 * hidden**-0.5)
+        weights[f"{prefix}.eh_proj.weight"][:, :hidden] += torch.eye(hidden)
+        attention_layer(prefix)
+        moe, experts = f"{prefix}.mlp", config["n_routed_experts"]
+        linear(f"{moe}.gate", experts, hidden)
+        bias = torch.zeros(experts, dtype=torch.float32)
+        weights[f"{moe}.gate.e_score_correction_bias"] = bias
+        for name in ("shared_experts", *(f"experts.{i}" for i in range(experts))):
+            mlp(f"{moe}.{name}", config["moe_intermediate_size"])
+        norm(f"{prefix}.shared_head.norm", hidden)
+        # What its attention and experts add is small.
+        outputs = "o_proj.weight", "down_proj.weight"
+        for name in weights:
+            if name.startswith(prefix) and name.endswith(outputs):
+                weights[name] *= 0.1
+
+    layers = config["num_hidden_layers"]
+    # A draft knows the token, and not what the layers add to it: the more the token decides, the more drafts are right.
+    embedding = 3.0 if config["num_nextn_predict_layers"] else 1.0
+    normal("model.embed_tokens.weight", config["vocab_size"], hidden, std=embedding)
+    for layer in range(layers):
+        attention_layer(f"model.layers.{layer}")
+        mlp(f"model.layers.{layer}.mlp", config["intermediate_size"])
     norm("model.norm", hidden)
     linear("lm_head", config["vocab_size"], hidden)
+    if config["num_nextn_predict_layers"]:
+        nextn_layer(f"model.layers.{layers}")
     return weights
 
 
@@ -149,12 +180,16 @@ def write_tiny_model(
     layers: int = 3,
     index_topk: int = 2048,
     seed: int = 0,
+    nextn: bool = False,
 ) -> None:
-    """Writes the checkpoint. The same arguments give the same bytes."""
+    """Writes the checkpoint. The same arguments give the same bytes.
+
+    With `nextn` it is twice as wide, and has a NextN layer for speculative decoding behind the others.
+    """
     from safetensors.torch import save_file
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    config = make_config(family, layers, index_topk)
+    config = make_config(family, layers, index_topk, nextn)
     (out_dir / "config.json").write_text(json.dumps(config, indent=2))
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     (out_dir / "generation_config.json").write_text(json.dumps(generation, indent=2))
@@ -173,6 +208,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--index-topk", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--nextn", action="store_true", help="with a NextN layer for drafts"
+    )
     write_tiny_model(**vars(parser.parse_args()))
 
 

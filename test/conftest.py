@@ -21,13 +21,13 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """Writes a random model once: tiny_model(family, layers, index_topk) -> its directory."""
+    """Writes a random model once: tiny_model(family, layers, index_topk, nextn=False) -> its directory."""
     from tiny_model import write_tiny_model
 
     @functools.cache
-    def write(family: str, layers: int, index_topk: int):
+    def write(family: str, layers: int, index_topk: int, nextn: bool = False):
         path = tmp_path_factory.mktemp(family)
-        write_tiny_model(path, family=family, layers=layers, index_topk=index_topk)
+        write_tiny_model(path, family, layers, index_topk, nextn=nextn)
         return path
 
     return write

@@ -82,6 +82,8 @@ CASES = (
     verify(32, 2, 128, native=True),
     verify(32, 2, 128),
     verify(32, 4, 128),
+    verify(32, 6, 128),
+    verify(32, 8, 128),
     verify(8, 4, 128),
 )
 

@@ -86,6 +86,7 @@ def evaluate(
         cache: the answers so far; those are not asked for again.
     """
     import lm_eval
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     # Its random numbers would go on where the last task of this process left them, and tasks depend on what ran before.
@@ -99,6 +100,8 @@ def evaluate(
     if data_dir:
         changes |= local_data.changes(cell.task, data_dir)
     folder = Path(lm_eval.__file__).parent / "tasks" / cell.suite
+    # What it would say of this environment, for every task, takes a second and is not kept.
+    evaluator.add_env_info = lambda _: None
     results = lm_eval.simple_evaluate(
         model="local-completions",
         model_args={

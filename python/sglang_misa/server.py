@@ -188,6 +188,15 @@ def misa_args(config: MisaConfig) -> Tuple[str, ...]:
     return ("--enable-misa", *itertools.chain.from_iterable(given))
 
 
+def chain(steps: int) -> Tuple[str, ...]:
+    """The command line of speculative decoding by a model's NextN layer, with so many drafts, one after the other."""
+    return (
+        *("--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", "1"),
+        *("--speculative-num-steps", str(steps)),
+        *("--speculative-num-draft-tokens", str(steps + 1)),
+    )
+
+
 def tokens(count: int, seed: int = 0) -> List[int]:
     """A random prompt."""
     return random.Random(seed).choices(range(2, 250), k=count)

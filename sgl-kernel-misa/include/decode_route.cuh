@@ -21,25 +21,27 @@ constexpr int kGroup = 16;            // pages of a pooled key whose means are u
 constexpr int kKeyBytes = 320;  // from one pooled key to the next: so the tensor cores' operands meet no bank conflict
 
 // The pooled keys of a sequence: those of its complete blocks, then for every row that of the partial block at its end.
+template <int ROWS>
 struct Blocks {
-  int complete;                         // of the longest row
-  int all;                              // and as many more as the last row with a partial block says
-  int full[kMaxRows], pages[kMaxRows];  // a row's complete blocks, and the pages of its partial one
+  int complete;                 // of the longest row
+  int all;                      // and as many more as the last row with a partial block says
+  int full[ROWS], pages[ROWS];  // a row's complete blocks, and the pages of its partial one
 };
 
-__device__ __forceinline__ Blocks blocks_of(const int* lengths, int rows, int block_pages) {
-  int seen[kMaxRows];
+template <int ROWS>
+__device__ __forceinline__ Blocks<ROWS> blocks_of(const int* lengths, int rows, int block_pages) {
+  int seen[ROWS];
 #pragma unroll
-  for (int r = 0; r < kMaxRows; ++r) seen[r] = r < rows ? lengths[r] / kPage : 0;
-  Blocks blocks = {};
+  for (int r = 0; r < ROWS; ++r) seen[r] = r < rows ? lengths[r] / kPage : 0;
+  Blocks<ROWS> blocks = {};
 #pragma unroll
-  for (int r = 0; r < kMaxRows; ++r) {
+  for (int r = 0; r < ROWS; ++r) {
     blocks.full[r] = seen[r] / block_pages;
     blocks.pages[r] = seen[r] % block_pages;
     blocks.complete = max(blocks.complete, blocks.full[r]);
   }
 #pragma unroll
-  for (int r = 0; r < kMaxRows; ++r) blocks.all = blocks.pages[r] > 0 ? r + 1 : blocks.all;
+  for (int r = 0; r < ROWS; ++r) blocks.all = blocks.pages[r] > 0 ? r + 1 : blocks.all;
   blocks.all += blocks.complete;
   return blocks;
 }
@@ -142,22 +144,23 @@ __device__ __forceinline__ void multiply_tile(const char* heads, const char* poo
   }
 }
 
-// Writes the heads of a sequence's rows. q, weights, lengths, out: of its first row; pages: its row of the page table, of
-// max_pages columns. Shared memory: q_shared, kMaxRows * HEADS * 128 bytes; k_shared, kTile * kKeyBytes; sees, 2 * kTile;
-// sums, kMaxRows * HEADS of every CTA; keys, kMaxRows * HEADS; votes, 2 * kMaxRows.
+// Writes the heads of a sequence's rows, up to ROWS. q, weights, lengths, out: of its first row; pages: its row of the page
+// table, of max_pages columns. Shared memory: q_shared, ROWS * HEADS * 128 bytes; k_shared, kTile * kKeyBytes; sees, 2 * kTile;
+// sums, ROWS * HEADS of every CTA; keys, ROWS * HEADS; votes, 2 * ROWS.
 //
 // The pooled keys are dealt to the CTAs one by one.
 // 1. A CTA averages a tile of its own at a time and adds up relu(q . k) of it, for all rows. Of the two barriers in the loop the
 //    first guards the tile and `sees` until they are written, the second until they are read.
 // 2. Row r's sums come together in CTA r % RANKS, in the order of the CTAs: behind a barrier of the cluster.
 // 3. That CTA picks the row's heads.
-template <int HEADS, int RANKS>
+template <int HEADS, int ROWS, int RANKS>
 __device__ __forceinline__ void route_sequence(const void* q, const float* weights, const void* page_means,
                                                const int* pages, const int* lengths, int rows, int max_pages,
                                                int block_pages, int active_heads, int rank, void* q_shared_,
                                                void* k_shared_, unsigned* sees, float* sums, unsigned* keys,
                                                unsigned* votes, int* out) {
-  constexpr int kMine = kMaxRows * HEADS / 16 / (kThreads / 32);  // groups of 16 heads of a row that a warp multiplies
+  static_assert(ROWS * HEADS <= RANKS * kThreads, "in the end, a head of a row a thread");
+  constexpr int kMine = ROWS * HEADS / 16 / (kThreads / 32);  // groups of 16 heads of a row that a warp multiplies
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 16;
   char* const q_shared = (char*)q_shared_;
   char* const k_shared = (char*)k_shared_;
@@ -170,7 +173,7 @@ __device__ __forceinline__ void route_sequence(const void* q, const float* weigh
   for (int i = tid; i < rows * HEADS * 8; i += kThreads) {
     cp_async_16(q_shared + i / 8 * 128 + (i % 8 ^ (i / 8 % 4 * 2)) * 16, (const char*)q + i * 16);
   }
-  const Blocks blocks = blocks_of(lengths, rows, block_pages);
+  const Blocks<ROWS> blocks = blocks_of<ROWS>(lengths, rows, block_pages);
 
   float dots[kMine][2] = {};
   for (int tile = 0; tile * kTile * RANKS + rank < blocks.all; ++tile) {
@@ -178,7 +181,7 @@ __device__ __forceinline__ void route_sequence(const void* q, const float* weigh
     int first = block * block_pages, count = row < 0 ? block_pages : 0;
     unsigned seen = 0;
 #pragma unroll
-    for (int r = 0; r < kMaxRows; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
       if (block < blocks.full[r]) seen |= 1u << r;
       if (row == r && blocks.pages[r] > 0) {
         seen = 1u << r;

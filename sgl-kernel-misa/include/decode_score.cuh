@@ -120,21 +120,23 @@ __device__ __forceinline__ void read_note(const int* note, int* numbers) {
                : "memory");
 }
 
-// A warp copies what it takes to score a sequence: q_shared holds the queries of its rows' heads, column `i * 8 + t * 2 + b` that
-// of head i * 2 + b of row t, as TileLang's wgmma reads them (rows of 128 bytes whose 16-byte pieces are swizzled by the row
-// modulo 8); gates, HEADS of four rows; seen, four rows' lengths. Nothing is written for rows that are not there.
-template <int HEADS>
+// A warp copies what it takes to score a sequence of up to ROWS rows: q_shared holds the queries of its rows' heads, column
+// `g * 4 * HEADS + i * 8 + t * 2 + b` that of head i * 2 + b of row g * 4 + t, as TileLang's wgmma reads them (rows of 128 bytes
+// whose 16-byte pieces are swizzled by the row modulo 8); gates, HEADS of every row; seen, the rows' lengths. Nothing is written
+// for rows that are not there.
+template <int HEADS, int ROWS>
 __device__ __forceinline__ void load_sequence(const void* q, const float* weights, const int* active,
                                               const void* shared_q, const float* shared_scale, const int* lengths,
                                               int sequence, int rows_per_seq, int num_heads, int active_heads,
                                               int shared, void* q_shared_all, int slot, float* gates, int* seen) {
   const Queries queries = {q, active, shared_q, num_heads, active_heads, shared};
-  char* const q_shared = (char*)q_shared_all + slot * kMaxRows * HEADS * 128;
+  char* const q_shared = (char*)q_shared_all + slot * ROWS * HEADS * 128;
   const int lane = threadIdx.x % 32, first_row = sequence * rows_per_seq;
   // Eight lanes copy a query.
 #pragma unroll 8
   for (int i = lane / 8; i < rows_per_seq * HEADS; i += 4) {
-    const int row = i / HEADS, j = i % HEADS, column = j / 2 * 8 + row * 2 + j % 2;
+    const int row = i / HEADS, j = i % HEADS, group = ROWS > 4 ? row / 4 : 0;
+    const int column = group * 4 * HEADS + j / 2 * 8 + (row - group * 4) * 2 + j % 2;
     copy_query<HEADS>(queries, first_row + row, j, lane % 8, q_shared, column);
   }
 #pragma unroll 1

@@ -10,7 +10,6 @@ constexpr int kHeadDim = 128;                    // dimensions, and bytes in FP8
 constexpr int kTokenBytes = kHeadDim + 4;        // of a key and its scale
 constexpr int kPageBytes = kPage * kTokenBytes;  // keys, then scales
 constexpr int kSpan = 1024;                      // tokens in 32 words of a bit plane
-constexpr int kMaxRows = 4;                      // of a sequence that decode takes together
 static_assert(kHeadDim == 128, "a key is a row of the 128-byte swizzle that TileLang's wgmma reads");
 static_assert(kSpan == 32 * 32 && kSpan % kPage == 0 && kPage == 64, "see plane_position");
 

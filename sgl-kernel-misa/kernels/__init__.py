@@ -11,6 +11,7 @@ at the latest before it ends, so that whoever waits for it may rely on all that 
 
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping
 
@@ -19,6 +20,8 @@ __path__.append(str(Path(__file__).resolve().parents[1] / "python" / "sgl_kernel
 
 from kernels.constants import (
     DECODE_ROUTE_RANKS,
+    DECODE_ROUTE_ROWS,
+    DECODE_ROWS,
     DECODE_SELECT_RANKS,
     NUM_HEADS,
     RERANK_CAPACITIES,
@@ -78,10 +81,13 @@ def _kernels() -> Dict[str, Kernel]:
         kernels[f"decode_select_{ranks}"] = Kernel(
             partial(get_decode_select_kernel, ranks), prefers_shared=True
         )
-    for ranks in DECODE_ROUTE_RANKS:
+    for rows, ranks in product(DECODE_ROWS, DECODE_ROUTE_RANKS):
+        if rows > ranks * DECODE_ROUTE_ROWS:
+            continue
         for num_heads in NUM_HEADS:
-            kernels[f"decode_route_{num_heads}_{ranks}"] = Kernel(
-                partial(get_decode_route_kernel, num_heads, ranks), prefers_shared=True
+            kernels[f"decode_route_{num_heads}_{rows}_{ranks}"] = Kernel(
+                partial(get_decode_route_kernel, num_heads, rows, ranks),
+                prefers_shared=True,
             )
     for heads in SCORING_HEADS:
         for mode in ("planes", "samples"):
@@ -92,9 +98,10 @@ def _kernels() -> Dict[str, Kernel]:
             kernels[f"select_{heads}_{capacity}"] = Kernel(
                 partial(get_select_kernel, heads, capacity)
             )
-        kernels[f"decode_score_{heads}"] = Kernel(
-            partial(get_decode_score_kernel, heads), prefers_shared=True
-        )
+        for rows in DECODE_ROWS:
+            kernels[f"decode_score_{heads}_{rows}"] = Kernel(
+                partial(get_decode_score_kernel, heads, rows), prefers_shared=True
+            )
     for num_heads in NUM_HEADS:
         for capacity in RERANK_CAPACITIES:
             for ranks in RERANK_RANKS:

@@ -5,7 +5,7 @@ The same heads as `pool_blocks` and `route` choose, by the same definitions; the
 
 import tilelang.language as T
 
-from kernels.constants import HEAD_DIM, MAX_ROWS
+from kernels.constants import HEAD_DIM
 from kernels.dimensions import dimensions
 from kernels.headers import include
 
@@ -14,8 +14,8 @@ TILE = 16  # pooled keys at a time
 KEY_BYTES = 320  # from one of them to the next
 
 
-def get_decode_route_kernel(num_heads: int, ranks: int):
-    """A cluster of `ranks` CTAs a sequence; its pooled keys are dealt to them."""
+def get_decode_route_kernel(num_heads: int, most_rows: int, ranks: int):
+    """A cluster of `ranks` CTAs a sequence of up to `most_rows` rows; its pooled keys are dealt to them."""
     rows, pages, batch, max_pages, stride, active_heads = dimensions(
         "rows pages batch max_pages table_stride active_heads"
     )
@@ -45,19 +45,19 @@ def get_decode_route_kernel(num_heads: int, ranks: int):
                 )
             )
             T.annotate_min_blocks_per_sm(2)
-            q_shared = T.alloc_shared((MAX_ROWS * num_heads, HEAD_DIM), T.int8)
+            q_shared = T.alloc_shared((most_rows * num_heads, HEAD_DIM), T.int8)
             k_shared = T.alloc_shared((TILE, KEY_BYTES), T.int8)
             sees = T.alloc_shared((2 * TILE,), T.uint32)
-            sums = T.alloc_shared((MAX_ROWS * num_heads,), T.float32)
-            head_keys = T.alloc_shared((MAX_ROWS * num_heads,), T.uint32)
-            votes = T.alloc_shared((2 * MAX_ROWS,), T.uint32)
+            sums = T.alloc_shared((most_rows * num_heads,), T.float32)
+            head_keys = T.alloc_shared((most_rows * num_heads,), T.uint32)
+            votes = T.alloc_shared((2 * most_rows,), T.uint32)
             # `decode_score` may start: until it has the heads it reads only what was there before this kernel.
             T.pdl_trigger()
             if rank == 0 and seq == 0 and T.get_thread_binding() == 0:
                 dealt[0] = 0
             T.call_extern(
                 "handle",
-                f"misa::route_sequence<{num_heads}, {ranks}>",
+                f"misa::route_sequence<{num_heads}, {most_rows}, {ranks}>",
                 T.address_of(q[seq * rows_per_seq, 0, 0]),
                 T.address_of(weights[seq * rows_per_seq, 0]),
                 pooled_keys.data,

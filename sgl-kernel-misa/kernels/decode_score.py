@@ -1,4 +1,4 @@
-"""Scores of up to four rows a sequence against all its keys.
+"""Scores of up to eight rows a sequence against all its keys.
 
 The keys are read once for all rows of a sequence. The pages of all sequences lie end to end, and the CTAs of the grid, which
 is resident as a whole, share them: see `PageScheduler` in decode_score.cuh.
@@ -7,7 +7,7 @@ is resident as a whole, share them: see `PageScheduler` in decode_score.cuh.
 import tilelang.language as T
 
 from kernels.accumulator import row_of
-from kernels.constants import HEAD_DIM, MAX_ROWS, PAGE_BYTES, PAGE_SIZE
+from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SCORE_CTAS_PER_SM
 from kernels.dimensions import dimensions
 from kernels.headers import include
 from kernels.paged_cache import PAGE_WORDS
@@ -21,21 +21,36 @@ SEGMENTS_BEFORE, NOTED_PAGE, PAGES_LEFT = range(3)
 NOTED_SEQUENCE = 0
 
 
-def get_decode_score_kernel(heads: int):
-    """Four warps score; one streams pages, and one gets the queries of the sequences that they belong to.
+def get_decode_score_kernel(heads: int, most_rows: int):
+    """Four warps score four rows; one streams pages, and one gets the queries of the sequences that they belong to.
+
+    Eight rows are scored by eight warps: both groups of four multiply the page that lies in shared memory, each with its rows'
+    queries, so what a thread holds does not grow with the rows.
 
     After `decode_route` (`routed` is 1) the keys begin to stream before the heads are known: only the heads, and that `dealt`
     is 0, are that kernel's doing, and only what follows from them waits for it.
 
     Args:
         heads: that a row is scored with, 8, 16, 32 or 64.
+        most_rows: that a sequence may have, 4 or 8.
     """
-    columns = MAX_ROWS * heads
+    columns = most_rows * heads
+    scorers = tuple(range(most_rows // 4))  # warpgroups that score
+    scoring = len(scorers) * 128  # their threads; one warpgroup follows
     # Sequences whose queries are there, or under way: the short segments of a CTA may each be of another one.
-    depth = {8: 4, 16: 4, 32: 2, 64: 1}[heads]
+    depth = max({8: 4, 16: 4, 32: 2, 64: 1}[heads] // len(scorers), 1)
     rows, num_heads, pages, batch, max_pages, active_heads, stride, width = dimensions(
         "rows num_heads pages batch max_pages active_heads table_stride width"
     )
+
+    # Three warpgroups take as many registers as an SM has: each must do with fewer where two CTAs are to fit, and where slots are many
+    # the one that scores nothing leaves some to the others.
+    two_ctas = len(scorers) > 1 and SCORE_CTAS_PER_SM[heads] > 1
+    lends_registers = len(scorers) > 1 and heads > 32
+
+    def row_of_sequence(thread):
+        """Lanes 4i .. 4i + 3 share a token, each with the score of a row of its own."""
+        return thread % 4 + (thread // 128 * 4 if len(scorers) > 1 else 0)
 
     if depth > 1:
 
@@ -47,6 +62,7 @@ def get_decode_score_kernel(heads: int):
                 acc,
                 transpose_B=True,
                 clear_accum=True,
+                policy=T.GemmWarpPolicy.FullCol,
             )
 
     else:  # TileLang cannot take as large a part as this of a buffer
@@ -59,6 +75,7 @@ def get_decode_score_kernel(heads: int):
                 acc,
                 transpose_B=True,
                 clear_accum=True,
+                policy=T.GemmWarpPolicy.FullCol,
             )
 
     @T.prim_func
@@ -84,7 +101,7 @@ def get_decode_score_kernel(heads: int):
         local_tokens: T.int32,
         shared: T.int32,
     ):
-        with T.Kernel(blocks, threads=256) as cta:
+        with T.Kernel(blocks, threads=scoring + 128) as cta:
             T.import_source(
                 include(
                     "score.cuh",
@@ -96,24 +113,26 @@ def get_decode_score_kernel(heads: int):
                     kSegment=SEGMENT,
                 )
             )
+            if two_ctas:
+                T.annotate_min_blocks_per_sm(2)
             q_shared = T.alloc_shared(
                 (depth, columns, HEAD_DIM) if depth > 1 else (columns, HEAD_DIM),
                 T.float8_e4m3fn,
             )
             gates = T.alloc_shared((depth, columns), T.float32)
-            seen = T.alloc_shared((depth, MAX_ROWS), T.int32)
+            seen = T.alloc_shared((depth, most_rows), T.int32)
             segments = T.alloc_shared((depth, 4), T.int32)
             k_shared = T.alloc_shared((STAGES, PAGE_SIZE, HEAD_DIM), T.float8_e4m3fn)
             s_shared = T.alloc_shared((STAGES, PAGE_SIZE), T.float32)
             notes = T.alloc_shared((STAGES, 4), T.int32)
-            # A stage of the ring of pages: full, its page and note are there; empty, the four scoring warps have read them.
+            # A stage of the ring of pages: full, its page and note are there; empty, the warps that score have read them.
             full = T.alloc_barrier([32] * STAGES)
-            empty = T.alloc_barrier([4] * STAGES)
+            empty = T.alloc_barrier([scoring // 32] * STAGES)
             # A place of the ring of segments: announced, its note is there; ready, so are its queries, gates and lengths; free, all
             # that score have read them.
             announced = T.alloc_barrier([32] * depth)
             ready = T.alloc_barrier([32] * depth)
-            free = T.alloc_barrier([128] * depth)
+            free = T.alloc_barrier([scoring] * depth)
             acc = T.alloc_fragment((PAGE_SIZE, columns), T.float32)
             gate = T.alloc_local((heads,), T.float32)
             scale = T.alloc_local((2,), T.float32)
@@ -129,13 +148,16 @@ def get_decode_score_kernel(heads: int):
             tx = T.get_thread_binding()
             lane = tx % 32
             token = row_of(tx % 128)
+            mine = row_of_sequence(tx)
 
             if routed == 0:
                 T.pdl_sync()
             # The next kernel does little before it waits for this one, but it takes a while to start.
             T.pdl_trigger()
             most = batch * max_pages + 1
-            with T.ws(1):
+            with T.ws(len(scorers)):
+                if lends_registers:
+                    T.set_max_nreg(40, 0)
                 # One warp streams. Every key is read once: the cache is better used for what is read again.
                 T.call_extern(
                     "handle",
@@ -149,7 +171,7 @@ def get_decode_score_kernel(heads: int):
                     blocks,
                 )
                 now = 0
-                for i in T.serial(T.if_then_else(tx < 160, most, 0)):
+                for i in T.serial(T.if_then_else(tx < scoring + 32, most, 0)):
                     page = T.call_extern(
                         "int32",
                         "misa::next_page",
@@ -206,9 +228,11 @@ def get_decode_score_kernel(heads: int):
 
                 # One gets what else it takes to score a sequence. It waits as well if there is none: whoever waits for this kernel
                 # relies on all before it.
-                if tx >= 160 and tx < 192:
+                if tx >= scoring + 32 and tx < scoring + 64:
                     T.pdl_sync()
-                for i in T.serial(T.if_then_else(tx >= 160 and tx < 192, most, 0)):
+                for i in T.serial(
+                    T.if_then_else(tx >= scoring + 32 and tx < scoring + 64, most, 0)
+                ):
                     T.mbarrier_wait_parity(announced[i % depth], (i // depth) % 2)
                     T.call_extern(
                         "handle",
@@ -220,7 +244,7 @@ def get_decode_score_kernel(heads: int):
                         T.loop_break()
                     T.call_extern(
                         "handle",
-                        f"misa::load_sequence<{heads}>",
+                        f"misa::load_sequence<{heads}, {most_rows}>",
                         q.data,
                         weights.data,
                         active.data,
@@ -238,7 +262,9 @@ def get_decode_score_kernel(heads: int):
                         T.address_of(seen[i % depth, 0]),
                     )
                     T.mbarrier_arrive(ready[i % depth])
-            with T.ws(0):
+            with T.ws(*scorers):
+                if lends_registers:
+                    T.set_max_nreg(232, 1)
                 now = -1
                 row = 0
                 length = 0
@@ -263,19 +289,19 @@ def get_decode_score_kernel(heads: int):
                         )
                         # Lanes without a row of their own score something and store nothing.
                         row = sequence[NOTED_SEQUENCE] * rows_per_seq + T.min(
-                            lane % 4, rows_per_seq - 1
+                            mine, rows_per_seq - 1
                         )
                         length = T.call_extern(
                             "int32",
                             "misa::load_length",
-                            T.address_of(seen[now % depth, lane % 4]),
+                            T.address_of(seen[now % depth, mine]),
                         )
-                        if lane % 4 >= rows_per_seq:
+                        if mine >= rows_per_seq:
                             length = 0
                         T.call_extern(
                             "handle",
                             f"misa::load_gates<{heads}>",
-                            T.address_of(gates[now % depth, lane % 4 * heads]),
+                            T.address_of(gates[now % depth, mine * heads]),
                             gate.data,
                         )
                     multiply(k_shared, i % STAGES, q_shared, now % depth, acc)

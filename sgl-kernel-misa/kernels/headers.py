@@ -4,7 +4,6 @@ from kernels.constants import (
     FORMS,
     HEAD_DIM,
     MAX_CONTEXT,
-    MAX_ROWS,
     PAGE_BYTES,
     PAGE_SIZE,
     SPAN,
@@ -21,7 +20,6 @@ _COMMON = {
         kHeadDim=HEAD_DIM,
         kPageBytes=PAGE_BYTES,
         kSpan=SPAN,
-        kMaxRows=MAX_ROWS,
     ),
     "cta.cuh": dict(
         kBins=BINS,

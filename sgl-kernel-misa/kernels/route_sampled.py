@@ -18,7 +18,7 @@ COLUMNS = 64  # heads of the wgmma
 
 
 def get_route_sampled_kernel(num_heads: int):
-    """One CTA a tile of `tile_rows` rows of one sequence; `rows_per_seq` rows a sequence, or as `cu_rows` says where that is 0.
+    """One CTA a tile of up to `tile_rows` rows of one sequence; `rows_per_seq` rows a sequence, or as `cu_rows` says where that is 0.
 
     An indexer of 32 heads fills half of the wgmma with the same heads again.
     """
@@ -78,9 +78,10 @@ def get_route_sampled_kernel(num_heads: int):
             if tile == 0 and tx == 0:
                 dealt[0] = 0
             if rows_per_seq > 0:
-                seq = tile
-                row0 = tile * rows_per_seq
-                row1 = row0 + rows_per_seq
+                parts = T.truncdiv(rows_per_seq + tile_rows - 1, tile_rows)
+                seq = T.truncdiv(tile, parts)
+                row0 = seq * rows_per_seq + (tile - seq * parts) * tile_rows
+                row1 = T.min(row0 + tile_rows, (seq + 1) * rows_per_seq)
             else:
                 # Rows behind the last sequence are padding, a sequence of their own.
                 seq = T.call_extern(

@@ -17,6 +17,8 @@ from kernels.headers import include
 from kernels.paged_cache import PAGE_WORDS
 
 STAGES = 8
+# Pages of a round of the pipeline, in which products are in flight; a divisor of STAGES and of a span's pages.
+ROUND = 4
 SPAN_PAGES = SPAN // PAGE_SIZE  # whose bits a lane collects in one word
 
 
@@ -101,10 +103,7 @@ def get_score_kernel(heads: int, mode: str):
                 T.uint32(1) << T.cast(page % SPAN_PAGES * 2, T.uint32),
                 cta.words.data,
             )
-            if (
-                page % SPAN_PAGES == SPAN_PAGES - 1
-                or page == cta.num_pages - 1 + cta.num_pages % 2
-            ):
+            if page % SPAN_PAGES == SPAN_PAGES - 1 or page == cta.padded_pages - 1:
                 word = (
                     (cta.p0 + page) // SPAN_PAGES * 32
                     + tx % 128 // 32 * 8
@@ -122,6 +121,13 @@ def get_score_kernel(heads: int, mode: str):
                     cta.out[cta.slot + g * 4, 0, token + rr * 8] = T.reinterpret(
                         cta.scores[g * 2 + rr], T.uint32
                     )
+
+    @T.macro
+    def overlap(cta, acc, other, page):
+        """Finishes a page, whose products are in `acc`, while the next one is multiplied."""
+        multiply(cta, other, page + 1)
+        T.warpgroup_wait(1)
+        finish(cta, acc, page)
 
     @T.prim_func
     def score(
@@ -173,7 +179,7 @@ def get_score_kernel(heads: int, mode: str):
             row1 = T.alloc_var(T.int32)
             p0 = T.alloc_var(T.int32)
             num_pages = T.alloc_var(T.int32)
-            pairs = T.alloc_var(T.int32)
+            padded_pages = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
             group = tx // 128
 
@@ -194,13 +200,13 @@ def get_score_kernel(heads: int, mode: str):
                     )
                 p0 = by * split_pages
                 num_pages = T.min(num_pages - p0, split_pages)
-                # The last page may come twice, to make a pair.
-                pairs = (num_pages + 1) // 2
+                # The last page may come again, to make whole rounds.
+                padded_pages = T.ceildiv(num_pages, ROUND) * ROUND
                 if num_pages > 0 and lengths[row1 - 1] > topk:
                     with T.ws(2):
                         T.set_max_nreg(24, 0)
                         # One warp streams; the others of its warpgroup have nothing to do.
-                        for i in T.serial(T.if_then_else(tx < 288, pairs * 2, 0)):
+                        for i in T.serial(T.if_then_else(tx < 288, padded_pages, 0)):
                             source = p0 + T.min(i, num_pages - 1)
                             page = T.if_then_else(
                                 planes,
@@ -285,22 +291,23 @@ def get_score_kernel(heads: int, mode: str):
                             slot=slot,
                             p0=p0,
                             num_pages=num_pages,
+                            padded_pages=padded_pages,
                             init_tokens=init_tokens,
                             local_tokens=local_tokens,
                             out=out,
                         )
                         if pipelined:
-                            # The tensor cores multiply the second page of a pair while the scores of the first are
-                            # summed. No product is left in flight around the loop: the compiler would wait for each.
-                            for i in T.serial(pairs):
-                                multiply(cta, acc, i * 2)
-                                multiply(cta, next_acc, i * 2 + 1)
-                                T.warpgroup_wait(1)
-                                finish(cta, acc, i * 2)
+                            # The tensor cores multiply the next page while the scores of one are summed. No product is left
+                            # in flight around the loop: the compiler would wait for each.
+                            for i in T.serial(padded_pages // ROUND):
+                                multiply(cta, acc, i * ROUND)
+                                overlap(cta, acc, next_acc, i * ROUND)
+                                overlap(cta, next_acc, acc, i * ROUND + 1)
+                                overlap(cta, acc, next_acc, i * ROUND + 2)
                                 T.warpgroup_wait(0)
-                                finish(cta, next_acc, i * 2 + 1)
+                                finish(cta, next_acc, i * ROUND + 3)
                         else:
-                            for i in T.serial(pairs * 2):
+                            for i in T.serial(padded_pages):
                                 T.mbarrier_wait_parity(
                                     full[i % STAGES], (i // STAGES) % 2
                                 )

@@ -1,6 +1,7 @@
 """The evaluation of a model with one command, servers and all."""
 
 import json
+import runpy
 import socket
 import subprocess
 import sys
@@ -21,11 +22,14 @@ FILES = {
 }
 
 
-def evaluate(model, output, *options, server_args=()):
+def command_of(model, output, *options):
     command = [sys.executable, SCRIPT, "--model-path", model, "--output", output]
-    command += ["--text", ROOT / "LICENSE", *options]
+    return [*map(str, [*command, "--text", ROOT / "LICENSE", *options])]
+
+
+def evaluate(model, output, *options, server_args=()):
     return subprocess.run(
-        [*map(str, command), "--", *server_args],
+        [*command_of(model, output, *options), "--", *server_args],
         env=server_env(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -59,18 +63,21 @@ def test_variants_side_by_side(tiny_model, tmp_path):
     assert not list(output.glob("*/")), "what was recorded is still there"
 
 
-def test_what_cannot_be(tmp_path):
-    few = evaluate("model", tmp_path, "--contexts", "512")
-    assert few.returncode and "no --contexts is longer than --scored" in few.stdout
+def test_what_cannot_be(tmp_path, monkeypatch):
+    def refused(*options, model="model"):
+        """What it ends with, run here: to import SGLang for each takes long."""
+        command = [*command_of(model, tmp_path, *options), "--"]
+        monkeypatch.setattr(sys, "argv", command[1:])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return str(ended.value)
 
-    short = evaluate("model", tmp_path, "--contexts", "3000")
-    assert short.returncode and "RULER starts at 4096 tokens" in short.stdout
-
+    assert "no --contexts is longer than --scored" in refused("--contexts", "512")
+    assert "RULER starts at 4096 tokens" in refused("--contexts", "3000")
     with reserved_port() as port:
         with socket.create_server(("127.0.0.1", port)):
-            taken = evaluate("model", tmp_path, "--port", port)
-        missing = evaluate(tmp_path / "none", tmp_path, "--port", port)
-    assert taken.returncode and f"--port {port} is taken" in taken.stdout
-    assert missing.returncode and "evaluate: dsa: " in missing.stdout
-    assert f"its log is {tmp_path / 'dsa.log'}" in missing.stdout
+            assert f"--port {port} is taken" in refused("--port", port)
+        missing = refused("--port", port, model=tmp_path / "none")
+    assert "evaluate: dsa: " in missing
+    assert f"its log is {tmp_path / 'dsa.log'}" in missing
     assert "none" in (tmp_path / "dsa.log").read_text()

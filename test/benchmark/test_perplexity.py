@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmark" / "quality"
 from perplexity import summarize, window_ends
 
+from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.environment import EVAL_SELECTION
 from sglang_misa.server import misa_args, serve
@@ -150,7 +151,7 @@ def test_command(scorer, tmp_path):
     torch.cuda.is_available(), reason="its index_topk is the CPU engine's alone"
 )
 def test_a_server(tiny_model, tmp_path):
-    """SGLang's own API scores the tokens that are asked for, with the context that is asked for."""
+    """SGLang's own API scores the tokens that are asked for, with the context that is asked for; and selects as it is to."""
     output, scored, context, topk = tmp_path / "perplexity.json", 60, 700, 256
     text = (ROOT / "LICENSE").read_bytes()
     with serve(
@@ -164,15 +165,15 @@ def test_a_server(tiny_model, tmp_path):
         command += ["--text", ROOT / "LICENSE", "--output", output]
         command += f"--contexts {context} --scored {scored} --windows 2".split()
         subprocess.run(command, check=True)
-        records = server.records()
         nlls = []
         for end in window_ends(len(text), context, scored, 2):
             window = list(text[end - context : end])
             answer = server.generate(
-                window, 1, return_logprob=True, logprob_start_len=0
+                window, 3, return_logprob=True, logprob_start_len=0
             )
             rows = answer["meta_info"]["input_token_logprobs"][-scored:]
             nlls.append(-mean(row[0] for row in rows))
+        records, log = server.records(), server.log.read_text()
     (result,) = json.loads(output.read_text())
     assert result["value"] == pytest.approx(math.exp(mean(nlls)), rel=1e-3)
     assert (result["variant"], result["active_heads"]) == ("heaviest-heads", 4)
@@ -186,3 +187,15 @@ def test_a_server(tiny_model, tmp_path):
     ]
     assert chosen[0].shape == chosen[1].shape == (1, 4)
     assert not torch.equal(*chosen)
+    # Prefill in chunks, and decode, select what the reference does by those heads.
+    assert "MISA is NOT what selects" in log and f"{EVAL_SELECTION}=heaviest" in log
+    assert "MISA is on" not in log
+    assert {512, 188, 1} <= {len(record["q"]) for record in records}
+    for record in records:
+        q, weights, lengths, heads, positions = (
+            record[name][::16]
+            for name in ("q", "weights", "lengths", "heads", "positions")
+        )
+        scored = reference.of_heads(q, weights, heads.long())
+        wanted = reference.dsa(*scored, record["k"], record["k_scale"], lengths, topk)
+        assert torch.equal(positions.long(), wanted)

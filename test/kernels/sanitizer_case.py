@@ -16,7 +16,13 @@ from kernel_ops import (
     topk_prefill,
 )
 
-from sglang.srt.layers.misa.testing.batches import make_batch, random_heads, write_batch
+from sglang.srt.layers.misa.testing.batches import (
+    DEVICE,
+    make_batch,
+    random_heads,
+    write_batch,
+)
+from sglang.srt.layers.misa.testing.inputs import make_inputs
 from sglang.srt.layers.misa.testing.score_inputs import distributed
 
 
@@ -43,12 +49,25 @@ def run(batch, rows_per_seq: int) -> None:
     torch.cuda.synchronize()
 
 
+def of_any_lengths(rows: int, num_heads: int):
+    """Two sequences whose rows have each its own length, at edges of pages and of the 64 tokens that are selected."""
+    tokens = [1, 63, 64, 65, 127, 128, 129, 700]
+    inputs = make_inputs("equal", rows, num_heads, 700, device=DEVICE)
+    sequences = [
+        inputs._replace(lengths=inputs.lengths.new_tensor(lengths))
+        for lengths in (tokens[:rows], tokens[-rows:])
+    ]
+    return write_batch(sequences)
+
+
 def main() -> None:
     sgl_kernel_misa.check_device()
     for num_heads in (32, 64):
         specs = [(1, 1), (33, 700), (3, 64), (5, 65)]
         run(make_batch("random", specs, num_heads, padded_rows=3), 0)
         run(make_batch("random", [(3, 700), (3, 3), (3, 65)], num_heads), 3)
+        for rows in (5, 6, 8):
+            run(of_any_lengths(rows, num_heads), rows)
         # Equal scores, and scores that a sample of them misjudges.
         run(make_batch("equal", [(2, 700), (2, 100)], num_heads), 2)
         # Estimates and scores that are not numbers, in a row between others.

@@ -34,7 +34,7 @@ def test_prefill(name, tokens, topk):
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-@pytest.mark.parametrize("rows_per_seq", [1, 4])
+@pytest.mark.parametrize("rows_per_seq", [1, 4, 8])
 @pytest.mark.parametrize("tokens, topk", [(4100, 64), (20_000, 2048), (70_000, 2048)])
 def test_decode(name, rows_per_seq, tokens, topk):
     sequences = [

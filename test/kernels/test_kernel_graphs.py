@@ -61,7 +61,7 @@ def test_route_and_rerank_give_the_same_bits_in_every_run():
     check_runs(lambda: rerank(batch, candidates, 2048))
 
 
-@pytest.mark.parametrize("rows_per_seq", [1, 4])
+@pytest.mark.parametrize("rows_per_seq", [1, 4, 8])
 def test_the_same_bits_in_every_step(rows_per_seq):
     """The kernels of a step overlap with each other, and those of one step follow those of another without a pause."""
     sequences = [random_inputs(rows_per_seq, 64, 40_000 + n, seed=n) for n in range(12)]
@@ -78,7 +78,7 @@ def test_the_same_bits_in_every_step(rows_per_seq):
             assert torch.equal(out, first)
 
 
-@pytest.mark.parametrize("rows_per_seq", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows_per_seq", [1, 2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("active_heads", [8, None])
 def test_the_same_bits_in_every_replay(rows_per_seq, active_heads):
     sequences = [random_inputs(rows_per_seq, 64, n, seed=n) for n in (30_000, 5000, 99)]
@@ -98,7 +98,7 @@ def overwrite(batch, other) -> None:
         getattr(batch, name).copy_(getattr(other, name))
 
 
-@pytest.mark.parametrize("rows_per_seq", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows_per_seq", [1, 2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("rerank_candidates", [0, 4096])
 def test_a_decode_step_in_a_graph(rows_per_seq, rerank_candidates):
     """Routing, selection and re-rank captured once; then other queries, keys, pages and lengths each replay."""

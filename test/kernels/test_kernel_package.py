@@ -12,9 +12,19 @@ import pytest
 import sgl_kernel_misa
 import torch
 from hopper import needs_hopper
-from sgl_kernel_misa import decode
+from sgl_kernel_misa import (
+    decode,
+)
 from sgl_kernel_misa import device as devices
-from sgl_kernel_misa import library, pooled_keys, prefill, reranking, routing
+from sgl_kernel_misa import (
+    library,
+    pooled_keys,
+    prefill,
+    reranking,
+    routing,
+    sampled_routing,
+)
+from sgl_kernel_misa.constants import RERANK_CAPACITIES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TOKENS, HEADS, SEQUENCES, PAGES = 12, 64, 3, 40
@@ -130,7 +140,7 @@ def test_limits_are_known_without_compiled_kernels(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sgl_kernel_misa as m; print(m.__file__, m.HEADS, m.MAX_TOPK, m.TOPK_MULTIPLE)",
+            "import sgl_kernel_misa as m; print(m.__file__, m.HEADS, m.MAX_TOPK, m.TOPK_MULTIPLE, m.MAX_ROWS)",
         ],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         text=True,
@@ -138,7 +148,7 @@ def test_limits_are_known_without_compiled_kernels(tmp_path):
         check=True,
     )
     expected = tmp_path / package.name / "__init__.py"
-    assert done.stdout.strip() == f"{expected} (32, 64) 16384 64"
+    assert done.stdout.strip() == f"{expected} (32, 64) 16384 64 8"
 
 
 def test_there_is_one_version():
@@ -271,9 +281,10 @@ def test_wrong_shapes_are_named(op, name, shape, device):
         ("route", "block_size", 0),
         ("route", "block_size", 100),
         ("topk_decode", "rows_per_seq", 0),
-        ("topk_decode", "rows_per_seq", 5),
+        ("topk_decode", "rows_per_seq", 9),
         ("route_topk_decode", "active_heads", HEADS + 1),
-        ("route_topk_decode", "rows_per_seq", 5),
+        ("route_topk_decode", "rows_per_seq", 9),
+        ("route_sampled_topk_decode", "rows_per_seq", 9),
     ]
     + [
         (op, name, value)
@@ -343,7 +354,8 @@ def launches(monkeypatch):
                 struct.pack(library._TYPES[kind][1], arguments[argument])
         found.append((name, arguments))
 
-    for module in (decode, pooled_keys, prefill, reranking, routing):
+    modules = decode, pooled_keys, prefill, reranking, routing, sampled_routing
+    for module in modules:
         monkeypatch.setattr(module, "launch", launch)
 
     def launches_of(op, sms=H100, **changes):
@@ -378,16 +390,22 @@ def test_launches_fit_the_kernels(launches, sms):
                 f"select_{scoring}_{capacity}",
             ]
             assert names("topk_decode", heads=given, topk=topk) == [
-                f"decode_score_{scoring}",
+                f"decode_score_{scoring}_4",
                 f"decode_select_{ranks}",
             ]
     assert "score_planes_64" in names("topk_prefill", heads=None)
     assert names("route_topk_decode") == [
-        "decode_route_64_8",
-        "decode_score_8",
+        "decode_route_64_4_8",
+        "decode_score_8_4",
         f"decode_select_{few}",
     ]
-    for count, capacity in ((1, 8192), (8192, 8192), (8193, 16_384)):
+    some, more, most = RERANK_CAPACITIES
+    for count, capacity in (
+        (1, some),
+        (some, some),
+        (some + 1, more),
+        (more + 1, most),
+    ):
         candidates = torch.zeros(TOKENS, count, dtype=torch.int32)
         assert names("rerank", candidates=candidates) == [f"rerank_64_{capacity}_8"]
 
@@ -404,10 +422,54 @@ def test_nothing_is_launched_for_no_rows(launches, op):
 
 def test_what_is_refused_is_not_begun(launches):
     """All checks of an operation come before its first launch: the router would read rows that are not there."""
-    for changes in (dict(rows_per_seq=5), dict(topk=0), dict(output="nonsense")):
+    for changes in (dict(rows_per_seq=9), dict(topk=0), dict(output="nonsense")):
         with pytest.raises(ValueError):
             launches("route_topk_decode", **changes)
         assert launches.found == []
+
+
+def sequences_of_rows(batch: int, rows: int) -> dict:
+    """Arguments for so many sequences of so many rows each."""
+    values = tensors("cpu")
+    given = {
+        name: torch.zeros(batch * rows, *values[name].shape[1:], dtype=torch.uint8).to(
+            values[name].dtype
+        )
+        for name in ("q", "weights", "heads", "lengths")
+    }
+    page_table = torch.zeros(batch, 10, dtype=torch.int32)
+    return dict(given, page_table=page_table, rows_per_seq=rows)
+
+
+@pytest.mark.parametrize("rows, compiled", [(1, 4), (4, 4), (5, 8), (8, 8)])
+@pytest.mark.parametrize("batch, ranks", [(1, 8), (300, 1)])
+def test_rows_of_a_sequence_in_decode(launches, rows, compiled, batch, ranks):
+    """Kernels for as many rows; where eight rows may come, at least two CTAs pick their heads."""
+    given = sequences_of_rows(batch, rows)
+    for op, router in (
+        ("topk_decode", []),
+        (
+            "route_topk_decode",
+            [f"decode_route_64_{compiled}_{max(ranks, compiled // 4)}"],
+        ),
+        ("route_sampled_topk_decode", ["route_sampled_64"]),
+    ):
+        names = [name for name, _ in launches(op, **given)]
+        assert names[:-1] == [*router, f"decode_score_8_{compiled}"]
+        assert names[-1].startswith("decode_select_")
+
+
+@pytest.mark.parametrize("sms", [H100, H20])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch", [1, 32, 100])
+def test_the_router_of_decode_uses_the_device(launches, rows, batch, sms):
+    """Tiles of rows of one sequence that hold every row once, and as many at once as the device holds."""
+    given = sequences_of_rows(batch, rows)
+    (_, router), *_ = launches("route_sampled_topk_decode", sms, **given)
+    parts, rest = divmod(router["tiles"], batch)
+    assert rest == 0
+    assert (parts - 1) * router["tile_rows"] < rows <= parts * router["tile_rows"]
+    assert parts == rows or router["tiles"] * 2 > min(batch * rows, 2 * sms)
 
 
 def test_grids_follow_the_device(launches):

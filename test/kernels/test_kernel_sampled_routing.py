@@ -1,5 +1,7 @@
 """The sampled router and the shared head, in prefill and decode, are the reference's, and the same bits wherever a row lies."""
 
+import random
+
 import pytest
 import torch
 from hopper import decode, needs_hopper, prefill, route_sampled, sampled_decode
@@ -83,14 +85,14 @@ def test_a_row_alone(num_heads):
     whole = [x[3:] for x in whole]
     alone = [inputs.of_rows(slice(i, i + 1)) for i in range(48)]
     assert same_bits(whole, route_sampled(write_batch(alone, seed=2), 8))
-    for rows in (1, 2, 4):
+    for rows in (1, 2, 3, 4, 6, 8):
         parts = [inputs.of_rows(slice(i, i + rows)) for i in range(0, 48, rows)]
         assert same_bits(
             whole, sampled_decode(write_batch(parts, seed=rows), 8, 64)[:3]
         )
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("num_heads", [32, 64])
 @pytest.mark.parametrize("kind", ["random", "zeros", "few", "rare"])
 def test_decode(kind, rows, num_heads):
@@ -103,8 +105,28 @@ def test_decode(kind, rows, num_heads):
     assert torch.equal(out, apart)
 
 
-def test_graph_and_repetition():
-    batch = make_batch("random", [(2, 20_000), (2, 3000), (2, 700)], 64)
+@pytest.mark.parametrize("rows", [3, 4, 5, 6, 8])
+@pytest.mark.parametrize("num_heads", [32, 64])
+def test_rows_of_any_lengths(rows, num_heads):
+    """Each row of a sequence has its own length, and the samples that go with it."""
+    ends = [0, *EDGES, 2047, 2048, 2049, 40_000]
+    rng = random.Random(rows)
+    sequences = []
+    for b in range(9):
+        inputs = random_inputs(rows, num_heads, max(ends), seed=b)
+        lengths = inputs.lengths.new_tensor(sorted(rng.choices(ends, k=rows)))
+        sequences.append(inputs._replace(lengths=lengths))
+    batch = write_batch(sequences)
+    *routed, out = sampled_decode(batch, 8, 2048)
+    check_slots(routed, batch, 8)
+    check_batch(out, batch, routed[0], 2048, shared=SharedHead(*routed[1:]))
+    alone = [s.of_rows(slice(i, i + 1)) for s in sequences for i in range(rows)]
+    assert same_bits(routed, route_sampled(write_batch(alone, seed=1), 8))
+
+
+@pytest.mark.parametrize("rows", [2, 4, 5, 8])
+def test_graph_and_repetition(rows):
+    batch = make_batch("random", [(rows, n) for n in (20_000, 3000, 700)], 64)
     eager = route_sampled_topk_decode(batch, 8, 2048)
     out, replay = captured(lambda: route_sampled_topk_decode(batch, 8, 2048))
     for _ in range(100):

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import sgl_kernel_misa
 from hopper import decode, needs_hopper, prefill, route
 
 from sglang.srt.layers.misa.testing.batches import (
@@ -69,10 +70,10 @@ def test_decode(seed):
     num_heads, active_heads = some_heads(rng)
     exact = seed % 2 == 0
     make = integer_inputs if exact else random_inputs
-    rows = rng.randint(1, 4)
+    rows = rng.randint(1, sgl_kernel_misa.MAX_ROWS)
     sequences = []
     for b in range(rng.choice([1, 2, 17, 40, 100])):
-        tokens = tokens_between(rng, 4, rng.choice([300, 3000, 30_000]))
+        tokens = tokens_between(rng, rows, rng.choice([300, 3000, 30_000]))
         inputs = make(rows, num_heads, tokens, seed=1000 * seed + b)
         lengths = inputs.lengths.clamp(min=0) * (rng.random() < 0.9)
         sequences.append(inputs._replace(lengths=lengths))

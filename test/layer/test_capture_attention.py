@@ -12,6 +12,7 @@ def test_attention_goes_with_its_own_rows(tmp_path):
     rows = {"layer_id": 1, "rid": "a", "page_table": table}
     recorder.record(
         **rows,
+        draft=False,
         decode=False,
         router=None,
         q=torch.zeros(3, 2, 128),

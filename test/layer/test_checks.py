@@ -189,7 +189,12 @@ def test_sglangs_own_selection(exact):
     check_record(prompt, replace(config, min_context=601), TOPK, exact=exact)
     with pytest.raises(AssertionError):
         check_record(prompt, replace(config, min_context=600), TOPK, exact=exact)
-    # And MISA may not, unless it is to.
+    # And MISA may not, unless it is to, but where a sequence has several rows.
+    routed = make_record(config) | {"decode": True}
+    check_record(routed, config, TOPK, exact=exact)
+    routed_by = "heads", "shared_q", "shared_scale"
+    for name in ("q", "weights", "lengths", "positions", *routed_by):
+        routed[name] = routed[name][:1]
+    check_record(routed, decoded, TOPK, exact=exact)
     with pytest.raises(AssertionError):
-        routed = make_record(config) | {"decode": True}
         check_record(routed, config, TOPK, exact=exact)

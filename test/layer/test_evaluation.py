@@ -5,8 +5,7 @@ import torch
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.batch import Batch
-from sglang.srt.layers.misa.config import MisaConfig
-from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
+from sglang.srt.layers.misa.environment import SELECTIONS
 from sglang.srt.layers.misa.evaluation import selections
 from sglang.srt.layers.misa.evaluation.selections import (
     EvaluationIndexer,
@@ -16,7 +15,7 @@ from sglang.srt.layers.misa.evaluation.selections import (
 from sglang.srt.layers.misa.selection import to_output
 from sglang.srt.layers.misa.testing.batches import write_cache
 from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
-from sglang_misa.server import misa_args, serve, tokens
+from sglang_misa.client import Client
 
 TOPK, HEADS = 128, 3
 # Those that look at scores.
@@ -183,30 +182,9 @@ def test_on_a_gpu_up_to_ties(name):
     assert torch.logical_xor(*both).float().sum(1).max() <= 4
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="its index_topk is the CPU engine's alone"
-)
-def test_hisa_in_a_server(tiny_model, tmp_path):
-    topk = 256
-    with serve(
-        tiny_model("deepseek_v32", 2, topk),
-        tmp_path,
-        *misa_args(MisaConfig(active_heads=4, decode="misa")),
-        *("--chunked-prefill-size", "512"),
-        env={EVAL_SELECTION: "hisa"},
-    ) as server:
-        assert len(server.generate(tokens(1100), 6)["output_ids"]) == 6
-        records, log = server.records(), server.log.read_text()
-        variant = server.variant()
-    assert "MISA is NOT what selects" in log and f"{EVAL_SELECTION}=hisa" in log
-    assert "MISA is on" not in log
-    assert tuple(variant.values()) == ("hisa", 0, 128, 0, "")
-    for record in records:
-        # Some rows: the batches above have them all.
-        q, weights, lengths = (record[x][::16] for x in ("q", "weights", "lengths"))
-        keys = record["k"], record["k_scale"]
-        wanted = reference.hisa(q, weights, *keys, lengths, topk)
-        assert torch.equal(record["positions"][::16].long(), wanted)
-    # Prefill in chunks, and decode.
-    sizes = {len(record["q"]) for record in records}
-    assert {512, 76, 1} <= sizes
+def test_what_a_result_says_of_hisa():
+    """A server of a selection is in test_perplexity."""
+    client = Client("none")
+    misa = {"active_heads": 4, "rerank_candidates": 0, "router": "sampled"}
+    client.info = {"enable_misa": True, "misa": misa, "misa_eval_selection": "hisa"}
+    assert tuple(client.variant().values()) == ("hisa", 0, 128, 0, "")

@@ -1,6 +1,7 @@
 """Batches as SGLang hands them over: several sequences, padding rows, idle batches, every form of output."""
 
 import functools
+import multiprocessing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from checks import check_record
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
-from sglang.srt.layers.misa import hooks, reference
+from sglang.srt.layers.misa import hooks, reference, row_sharding
 from sglang.srt.layers.misa.batch import rows_below
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import hooks as evaluation
@@ -20,6 +21,8 @@ from sglang.srt.layers.misa.metrics import RowCounts
 from sglang.srt.layers.misa.pooled_keys import PooledKeys
 from sglang.srt.layers.misa.testing.batches import write_pages
 from sglang.srt.layers.misa.testing.inputs import make_inputs
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+from sglang.srt.runtime_context import get_parallel
 
 HEADS, TOPK, START_LAYER, LAYER = 32, 128, 3, 4
 CONFIG = MisaConfig("sampled", 3, decode="misa")
@@ -63,6 +66,10 @@ class Batch:
         self.counts = RowCounts()
         monkeypatch.setattr(hooks, "ROWS", self.counts)
         self.config, self.monkeypatch = config, monkeypatch
+        # One rank, as far as anybody asks.
+        monkeypatch.setattr(
+            get_parallel(), "_overrides", {"attn_tp_size": 1, "attn_cp_size": 1}
+        )
         self.rids = None
         self.forced = dict(zip(("init_tokens", "local_tokens"), forced))
         self.indexer = SimpleNamespace(
@@ -104,7 +111,7 @@ class Batch:
             original,
             self.indexer,
             False,
-            SimpleNamespace(rids=self.rids),
+            SimpleNamespace(rids=self.rids, spec_info=None),
             LAYER,
             self.stacked("q", padding),
             self.stacked("weights", padding + weight_padding)[:, :, None],
@@ -116,7 +123,7 @@ class Batch:
         return hooks.select_paged(
             original,
             self.indexer,
-            SimpleNamespace(rids=self.rids),
+            SimpleNamespace(rids=self.rids, spec_info=None),
             LAYER,
             self.stacked("q", padding),
             self.stacked("weights", padding)[:, :, None],
@@ -130,11 +137,11 @@ class Batch:
             options["block_size"], define = 128, reference.misa
         return torch.cat([define(*s, TOPK, **options) for s in self.sequences])
 
-    def recorded(self, select, tmp_path):
-        """What `select` returns while it is recorded, and the records."""
+    def recorded(self, select, tmp_path, padding=0):
+        """What `select` returns while it is recorded, and the records; the last `padding` sequences are no requests."""
         recording = evaluation.Recording(tmp_path / "records")
         around = functools.partial(recording.select, hooks.select)
-        self.rids = [f"request-{i}" for i in range(len(self.rows))]
+        self.rids = [f"request-{i}" for i in range(len(self.rows) - padding)]
         with self.monkeypatch.context() as patch:
             patch.setattr(hooks, "select", around)
             out = select()
@@ -206,6 +213,27 @@ def test_extend_into_the_buffer_of_a_cuda_graph(device, monkeypatch, tmp_path):
     batch.check(select(), select, tmp_path)
 
 
+@pytest.mark.parametrize("rows", [EXTENDS, [1] * 4], ids=["extend", "decode"])
+def test_index_k_that_is_on_its_way(rows, device, monkeypatch):
+    """HiCache loads the pages of a layer on another stream. SGLang's getter waits for them; here it is the wait that loads."""
+    batch = Batch(LENGTHS, rows, device, monkeypatch)
+    select = batch.select_ragged if rows is EXTENDS else batch.select_paged
+    pool = hooks.get_token_to_kv_pool()
+    on_host = pool.get_index_k_with_scale_buffer(LAYER)
+    on_device = [torch.zeros_like(on_host), on_host.clone()]
+    pool.index_k_with_scale_buffer, pool.layer_transfer_counter = on_device, None
+    pool.get_index_k_with_scale_buffer = functools.partial(
+        DSATokenToKVPool.get_index_k_with_scale_buffer, pool
+    )
+    expected = select(method=PAGED)
+    on_device[LAYER - START_LAYER].zero_()
+    pool.layer_transfer_counter = SimpleNamespace(
+        wait_until=lambda layer: on_device[layer].copy_(on_host)
+    )
+    assert torch.equal(select(method=PAGED), expected)
+    assert not on_device[0].any(), "waited for another layer"
+
+
 @ROUTERS
 def test_some_prompts_are_below_min_context(config, device, monkeypatch, tmp_path):
     """The rows that see fewer tokens are spread over the batch, and recorded by themselves."""
@@ -238,6 +266,18 @@ def test_idle_batches(device, monkeypatch):
         for select in (batch.select_ragged, batch.select_paged):
             out = select(padding, method=PAGED)
             assert out.shape == (padding, TOPK) and (out == -1).all()
+
+
+@pytest.mark.parametrize("rows, select", [(EXTENDS, "ragged"), ([1] * 4, "paged")])
+def test_sequences_that_are_padding(rows, select, device, monkeypatch, tmp_path):
+    """With data parallelism an idle rank gets a sequence made up, and one with few requests some more; they are not recorded."""
+    batch = Batch(LENGTHS, rows, device, monkeypatch)
+    select = getattr(batch, f"select_{select}")
+    out, records = batch.recorded(lambda: select(method=PAGED), tmp_path, padding=2)
+    assert [record["rid"] for record in records] == ["request-0", "request-1"]
+    assert torch.equal(out, select(method=PAGED))
+    _, records = batch.recorded(lambda: select(method=PAGED), tmp_path / "idle", 4)
+    assert not records
 
 
 @pytest.mark.parametrize("rows, select", [(EXTENDS, "ragged"), ([1] * 4, "paged")])
@@ -282,7 +322,8 @@ def test_sglangs_own_selection_is_recorded(device, monkeypatch, tmp_path):
     q, weights = batch.stacked("q", 0), batch.stacked("weights", 0)[:, :, None]
 
     def after(rids, **metadata):
-        args = batch.indexer, False, SimpleNamespace(rids=rids), LAYER, q, weights
+        forward_batch = SimpleNamespace(rids=rids, spec_info=None)
+        args = batch.indexer, False, forward_batch, LAYER, q, weights
         recording.after_ragged(chosen, *args, batch.metadata(PAGED, **metadata), None)
 
     # The warm-up of a CUDA graph, which belongs to no request.
@@ -362,18 +403,157 @@ def test_all_heads_are_counted(monkeypatch):
     assert batch.counts.counts == {"misa": 0, "all_heads": 344, "dsa": 0}
 
 
-@pytest.mark.parametrize("rows, length", [([3, 5], 0), ([3, 5], 8), ([8, 0], 100)])
-def test_rows_below(rows, length):
-    seq_lens = torch.tensor([10, 9])
-    metadata = SimpleNamespace(
-        get_dsa_extend_len_cpu=lambda: rows, get_indexer_seq_len_cpu=lambda: seq_lens
+class Group:
+    """A group of `ranks`, of which each has its turn in this process."""
+
+    def __init__(self, ranks):
+        self.world_size, self.rank_in_group, self.given = ranks, 0, []
+
+    def all_gather(self, own, dim):
+        assert dim == 0
+        self.given.append(own)
+        return torch.cat([own] * self.world_size)
+
+
+def shared_by(group, monkeypatch):
+    """From now on rows are shared, however few."""
+    monkeypatch.setattr(row_sharding, "MIN_WORK", 1)
+    monkeypatch.setattr(row_sharding, "SHARE_MULTIPLE", 8)
+    overrides = {"attn_tp_group": group, "attn_tp_size": group.world_size}
+    monkeypatch.setattr(
+        get_parallel(), "_overrides", {**get_parallel()._overrides, **overrides}
     )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, POOLED, replace(CONFIG, min_context=200), MisaConfig("sampled", HEADS)],
+    ids=["sampled", "pooled", "min-context", "all heads"],
+)
+@pytest.mark.parametrize("ranks, form", [(2, "ragged"), (5, "positions")])
+def test_ranks_share_the_rows(config, ranks, form, device, monkeypatch, tmp_path):
+    """Together they select, and record, what one rank alone does; every rank counts all rows."""
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, (4, 70), config)
+    metadata = {"method": PAGED}
+    if form == "ragged":
+        offsets = torch.arange(sum(EXTENDS), dtype=torch.int32, device=device) * 1000
+        metadata = {"method": RAGGED, "unfused": False, "offsets": offsets}
+    with envs.SGLANG_DSA_FUSE_TOPK.override(True):
+        expected = batch.select_ragged(5, **metadata)
+        counts = dict(batch.counts.counts)
+        group, records = Group(ranks), []
+        shared_by(group, monkeypatch)
+        for group.rank_in_group in range(ranks):
+            batch.counts.counts = dict.fromkeys(counts, 0)
+            folder = tmp_path / str(group.rank_in_group)
+            out, mine = batch.recorded(
+                lambda: batch.select_ragged(5, **metadata), folder
+            )
+            assert batch.counts.counts == counts
+            assert out.shape == expected.shape and (out[-5:] == -1).all()
+            records += mine
+    rows = sum(EXTENDS)
+    assert torch.equal(torch.cat(group.given)[:rows], expected[:rows])
     seen = [
-        length
-        for end, count in zip(seq_lens.tolist(), rows)
+        (record["rid"], length)
+        for record in records
+        for length in record["lengths"].tolist()
+    ]
+    assert seen == [
+        (f"request-{i}", length)
+        for i, (end, count) in enumerate(zip(LENGTHS, EXTENDS))
         for length in range(end - count + 1, end + 1)
     ]
-    assert rows_below(metadata, length) == sum(x < length for x in seen)
+    for record in records:
+        exact = device == "cpu"
+        check_record(record, config, TOPK, exact=exact, **batch.forced)
+
+
+def test_rows_that_are_not_shared(monkeypatch):
+    """Few rows, decode, and what is left to SGLang: no rank waits for another."""
+    batch = Batch(LENGTHS, EXTENDS, "cpu", monkeypatch)
+    group = Group(2)
+    shared_by(group, monkeypatch)
+    batch.select_ragged(method=PAGED)
+    assert len(group.given) == 1
+    monkeypatch.setattr(row_sharding, "MIN_WORK", 1 << 26)
+    batch.select_ragged(method=PAGED)
+    monkeypatch.setattr(row_sharding, "MIN_WORK", 1)
+    short = replace(CONFIG, min_context=701)
+    batch = Batch(LENGTHS, EXTENDS, "cpu", monkeypatch, config=short)
+    shared_by(group, monkeypatch)
+    assert batch.select_ragged(original=Original(), method=PAGED) == "result"
+    batch = Batch(LENGTHS, [1] * 4, "cpu", monkeypatch)
+    shared_by(group, monkeypatch)
+    batch.select_paged(method=PAGED)
+    assert len(group.given) == 1
+
+
+def _rank(rank, select, address, results):
+    from sglang.srt.distributed.parallel_state import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    init_distributed_environment(
+        world_size=2,
+        rank=rank,
+        local_rank=rank,
+        distributed_init_method=address,
+        backend="gloo",
+    )
+    initialize_model_parallel(tensor_model_parallel_size=2, backend="gloo")
+    get_parallel()._overrides.clear()
+    try:
+        results.put((rank, get_parallel().attn_tp_rank, select().tolist()))
+    except Exception as error:
+        # Else the test waits for it.
+        results.put((rank, repr(error)))
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="forks a process; test_server_gpu.py has two GPUs"
+)
+def test_two_processes_share_the_rows(monkeypatch, tmp_path):
+    """With SGLang's own groups, over gloo."""
+    batch = Batch(LENGTHS, EXTENDS, "cpu", monkeypatch)
+    expected = batch.select_ragged(method=PAGED).tolist()
+    shared_by(Group(2), monkeypatch)
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    address = f"file://{tmp_path / 'rendezvous'}"
+    calls = []
+
+    def select():
+        """This rank's share is all that it computes."""
+        around = hooks.select
+        monkeypatch.setattr(
+            hooks, "select", lambda *args: calls.append(args[2]) or around(*args)
+        )
+        out = batch.select_ragged(method=PAGED)
+        (part,) = calls
+        assert len(part.lengths) == 176 - 8 * (get_parallel().attn_tp_rank == 1)
+        return out
+
+    ranks = [
+        fork.Process(target=_rank, args=(rank, select, address, results))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    found = sorted(results.get(timeout=300) for _ in ranks)
+    for process in ranks:
+        process.join()
+    assert found == [(0, 0, expected), (1, 1, expected)]
+
+
+@pytest.mark.parametrize("length", [0, 8, 9, 100])
+def test_rows_below(length):
+    spans = [range(8, 11), range(5, 10), range(1, 30, 4), range(10, 10)]
+    seen = [length for span in spans for length in span]
+    assert rows_below(spans, length) == sum(x < length for x in seen)
 
 
 def test_sglang_is_left_alone_without_misa(monkeypatch):

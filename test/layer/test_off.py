@@ -1,18 +1,26 @@
-"""Installed, but without --enable-misa: all is as if the plugin were not there."""
+"""Installed, but without --enable-misa: all is as if the plugin were not there. With all heads MISA selects the same."""
 
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from checks import check_records, selections
 
-from sglang_misa.server import serve, server_env, tokens
+from sglang.srt.layers.misa import reference
+from sglang.srt.layers.misa.config import MisaConfig
+from sglang_misa.server import misa_args, serve, server_env, tokens
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="a program and a server of the CPU engine"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="a program and a server of the CPU engine"
+    ),
+    # One worker: the program and the server without MISA run once.
+    pytest.mark.xdist_group("off"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +55,72 @@ VOLATILE = {
     *("random_seed", "port", "nccl_port", "internal_states", "startup_time"),
 }
 
+LAYERS, TOPK = 2, 256
+PROMPT, NEW_TOKENS = 600, 12
 
-def test_server(tiny_model, tmp_path):
-    """The same outputs, information and metrics."""
-    seen = []
-    for name, plugins in (("installed", None), ("without", "cpu_engine")):
-        with serve(
-            tiny_model("deepseek_v32", 2, 256),
-            tmp_path / name,
-            *("--enable-metrics", "--random-seed", "1"),
-            env={"SGLANG_PLUGINS": plugins} if plugins else {},
-        ) as server:
-            answer = server.generate(tokens(700), 8)
-            seen.append((answer["output_ids"], server.info, server.metrics()))
-    (outputs, info, metrics), (outputs_without, info_without, metrics_without) = seen
+
+@contextmanager
+def served(tiny_model, folder, *args, **options):
+    model = tiny_model("deepseek_v32", LAYERS, TOPK)
+    args = "--enable-metrics", "--random-seed", "1", *args
+    with serve(model, folder, *args, **options) as server:
+        yield server
+
+
+def facts(server):
+    """What a server puts out, and what it says of itself."""
+    answer = server.generate(tokens(700), 8)
+    return answer["output_ids"], server.info, server.metrics()
+
+
+def chosen(server):
+    """The output tokens of a prompt, the records, and the positions selected, in ascending order."""
+    server.reset()
+    answer, records = server.generate(tokens(PROMPT), NEW_TOKENS), server.records()
+    positions = selections(records, 1, PROMPT + NEW_TOKENS - 1)
+    return answer["output_ids"], records, positions.sort(dim=2).values
+
+
+@pytest.fixture(scope="module")
+def installed(tiny_model, tmp_path_factory):
+    """`facts` and `chosen` of a server with the plugin, without --enable-misa."""
+    with served(tiny_model, tmp_path_factory.mktemp("installed")) as server:
+        return facts(server), chosen(server)
+
+
+def test_server(installed, tiny_model, tmp_path):
+    """The same outputs, information and metrics as without the plugin."""
+    env = {"SGLANG_PLUGINS": "cpu_engine"}
+    with served(tiny_model, tmp_path, env=env) as server:
+        outputs_without, info_without, metrics_without = facts(server)
+    outputs, info, metrics = installed[0]
     assert outputs == outputs_without
     assert info.keys() == info_without.keys()
     differ = {name for name in info if info[name] != info_without[name]}
     assert differ <= VOLATILE
     assert metrics.keys() == metrics_without.keys()
+
+
+def test_all_heads_are_dsa(installed, tiny_model, tmp_path):
+    """--misa-active-heads H: SGLang's own selections and output tokens."""
+    config = MisaConfig("sampled", 64, decode="misa")
+    with served(tiny_model, tmp_path, *misa_args(config)) as server:
+        outputs, records, misa_positions = chosen(server)
+    dsa_outputs, _, dsa_positions = installed[1]
+    check_records(records, config, TOPK)
+    assert outputs == dsa_outputs
+    for record in records:
+        scores = reference.token_scores(
+            *(record[name] for name in ("q", "weights", "k", "k_scale"))
+        )
+        for length, row in zip(record["lengths"].tolist(), scores):
+            if length >= PROMPT + NEW_TOKENS:
+                continue
+            dsa, misa = (
+                rows[record["layer_id"], length - 1].long()
+                for rows in (dsa_positions, misa_positions)
+            )
+            # The same tokens, or others of equal score.
+            assert torch.equal(dsa >= 0, misa >= 0)
+            dsa, misa = (row[x[x >= 0]].sort().values for x in (dsa, misa))
+            assert torch.equal(dsa, misa)

@@ -50,6 +50,11 @@ def test_the_longest_context_is_the_kernels():
     assert config.MAX_CONTEXT == constants.MAX_CONTEXT
 
 
+def test_as_many_rows_a_sequence_as_the_kernels():
+    kernels = pytest.importorskip("sgl_kernel_misa")
+    assert torch_operations.MAX_ROWS == kernels.MAX_ROWS
+
+
 def test_kernels_that_run(monkeypatch):
     module = SimpleNamespace(check_device=lambda: None)
     monkeypatch.setitem(sys.modules, "sgl_kernel_misa", module)
@@ -131,6 +136,11 @@ def test_several_rows_a_sequence_in_decode():
     del given["cu_rows"]
     with pytest.raises(ValueError, match="6 rows are not 2 rows a sequence"):
         torch_operations.topk_decode(**given, rows_per_seq=2)
+    for rows in (0, 9):
+        with pytest.raises(
+            ValueError, match=f"rows_per_seq must be 1 to 8, not {rows}"
+        ):
+            torch_operations.topk_decode(**given, rows_per_seq=rows)
     expected = torch_operations.topk_prefill(**arguments())
     assert torch.equal(torch_operations.topk_decode(**given, rows_per_seq=3), expected)
 

@@ -16,11 +16,13 @@ from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 from sglang.srt.layers.misa import (
     doctor,
     environment,
+    hooks,
     patches,
     patching,
     plugin,
     process,
 )
+from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation.patches import patches as evaluation_patches
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 
@@ -182,6 +184,51 @@ def test_a_subclass_with_a_method_of_its_own():
         patching.check_objects(Model(OtherIndexer), Pool())
     with pytest.raises(RuntimeError, match="OtherPool.get_kv_size_bytes bypasses"):
         patching.check_objects(Model(Indexer), OtherPool())
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_indexers_of_another_class(beside):
+    """In all layers of a model, or in some."""
+
+    class IndexerKPool(torch.nn.Module):
+        pass
+
+    model = Model(Indexer) if beside else torch.nn.Module()
+    model.other = IndexerKPool()
+    with pytest.raises(RuntimeError, match="indexers of the class IndexerKPool, which"):
+        patching.check_objects(model, None)
+
+
+def test_a_draft_model_is_checked_too(monkeypatch):
+    """And its pool, whose size counts."""
+
+    class OtherIndexer(Indexer):
+        def _get_topk_paged(self):
+            pass
+
+    def runner(indexer_class, nbytes):
+        pool = Pool()
+        pool.misa_pooled_keys = SimpleNamespace(nbytes=nbytes)
+        return SimpleNamespace(model=Model(indexer_class), token_to_kv_pool=pool)
+
+    def scheduler(*draft_runners):
+        draft_worker = SimpleNamespace(
+            draft_worker=SimpleNamespace(draft_runners=list(draft_runners))
+        )
+        return SimpleNamespace(
+            server_args=SimpleNamespace(misa_audit_interval=0),
+            metrics_collector=None,
+            tp_worker=SimpleNamespace(model_runner=runner(Indexer, 100)),
+            draft_worker=draft_worker if draft_runners else None,
+        )
+
+    monkeypatch.setattr(hooks, "misa_config", lambda _: MisaConfig("pooled"))
+    info = hooks.report({}, scheduler())
+    assert info["misa"]["pooled_keys_bytes"] == 100
+    info = hooks.report({}, scheduler(runner(Indexer, 10)))
+    assert info["misa"]["pooled_keys_bytes"] == 110
+    with pytest.raises(RuntimeError, match="OtherIndexer._get_topk_paged bypasses"):
+        hooks.report({}, scheduler(runner(OtherIndexer, 10)))
 
 
 def test_a_model_or_a_pool_without_an_indexer():

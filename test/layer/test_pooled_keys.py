@@ -102,3 +102,15 @@ def test_runs_in_a_captured_cuda_graph():
     means = pooled.layers[0].cpu()
     assert torch.equal(means[page_table[[0, 2]].long()], expected)
     assert not means[page_table[[1, 3]].long()].any()
+
+
+def test_an_idle_rank_stores_nothing(device):
+    """No slots, or those of padding, slot 0, alone."""
+    inputs = make_inputs("random", rows=1, heads=1, tokens=64)
+    index_k, _ = write_cache(inputs)
+    pooled = PooledKeys([index_k.to(device)])
+    pooled.layers[0].fill_(7)
+    for count in (0, 5):
+        slots = torch.zeros(count, dtype=torch.long, device=device)
+        pooled.update(0, index_k.to(device), slots)
+    assert (pooled.layers[0] == 7).all()

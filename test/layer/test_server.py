@@ -1,17 +1,18 @@
 """MISA in a server on the CPU engine: scheduler, radix cache, chunked prefill and decode are SGLang's own."""
 
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from checks import check_records, covered, selections
+from checks import check_records, check_speculation, covered, prompt_rows, selections
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.config import MisaConfig
-from sglang_misa.server import misa_args, serve, tokens
+from sglang_misa.server import chain, misa_args, serve, tokens
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="runs on the CPU engine; see test_server_gpu.py"
@@ -169,57 +170,17 @@ def test_abort_in_mid_prefill(fresh):
     assert torch.equal(selections(again, *rows), selections(first, *rows))
 
 
+HIERARCHICAL = {"active_heads": 4, "rerank_candidates": 512}
+SETTINGS = {**HIERARCHICAL, "min_context": 700}
+
+
 @pytest.mark.parametrize(
     "family, config",
     [
-        ("deepseek_v32", replace(SAMPLED, active_heads=64)),
-        ("glm_moe_dsa", replace(POOLED, active_heads=32)),
+        ("deepseek_v32", replace(POOLED, **SETTINGS)),
+        ("glm_moe_dsa", replace(SAMPLED, **SETTINGS, decode="dsa")),
     ],
     ids=FAMILIES,
-)
-def test_all_heads_are_dsa(family, config, tiny_model, tmp_path):
-    """--misa-active-heads H: SGLang's own selections and output tokens."""
-    model = tiny_model(family, LAYERS, TOPK)
-    prompt, new_tokens = 600, 12
-    last = prompt + new_tokens - 1
-    answers, chosen = [], []
-    for name, args in (
-        ("dsa", ()),
-        ("misa", misa_args(config)),
-    ):
-        with serve(model, tmp_path / name, *args) as server:
-            answers.append(server.generate(tokens(prompt), new_tokens))
-            records = server.records()
-            chosen.append(selections(records, 1, last).sort(dim=2).values)
-    check_records(records, config, TOPK)
-    assert output(answers[0]) == output(answers[1])
-    for record in records:
-        scores = reference.token_scores(
-            *(record[name] for name in ("q", "weights", "k", "k_scale"))
-        )
-        for length, row in zip(record["lengths"].tolist(), scores):
-            if length > last:
-                continue
-            dsa, misa = (rows[record["layer_id"], length - 1].long() for rows in chosen)
-            # The same tokens, or others of equal score.
-            assert torch.equal(dsa >= 0, misa >= 0)
-            dsa, misa = (row[x[x >= 0]].sort().values for x in (dsa, misa))
-            assert torch.equal(dsa, misa)
-
-
-HIERARCHICAL = {"active_heads": 4, "rerank_candidates": 512}
-MIN_CONTEXT = {"min_context": 700, "decode": "dsa"}
-
-
-@pytest.mark.parametrize(
-    "family, config",
-    [
-        ("deepseek_v32", replace(SAMPLED, **HIERARCHICAL)),
-        ("glm_moe_dsa", replace(POOLED, **HIERARCHICAL)),
-        ("deepseek_v32", replace(POOLED, **MIN_CONTEXT)),
-        ("glm_moe_dsa", replace(SAMPLED, **MIN_CONTEXT)),
-    ],
-    ids=lambda x: x if isinstance(x, str) else f"{x.router}-{x.min_context}",
 )
 def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
     with serve(
@@ -227,7 +188,7 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
         tmp_path,
         *misa_args(config),
         *("--chunked-prefill-size", "512", "--enable-mixed-chunk"),
-        "--enable-metrics",
+        *("--enable-metrics", "--misa-audit-interval", "1"),
     ) as server:
         info, metrics = server.info, server.metrics()
         given, size = dict(info["misa"]), info["misa"]["pooled_keys_bytes"]
@@ -235,7 +196,7 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
         assert given == asdict(config)
         assert f"MISA is on. {config}" in server.log.read_text()
         assert server.variant() == {
-            "variant": "misa-hierarchical" if config.rerank_candidates else "misa",
+            "variant": "misa-hierarchical",
             "active_heads": config.active_heads,
             "block_size": config.block_size or 0,
             "rerank_candidates": config.rerank_candidates,
@@ -258,6 +219,7 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
             assert all(a.result() for a in (first, *others))
         records, state = server.records(), server.get("/get_server_info").json()
         exported = server.get("/metrics").text
+        check_audit(server)
     check_records(records, config, TOPK)
     assert any(r["heads"] is not None for r in records)
     assert any(r["decode"] for r in records)
@@ -269,7 +231,7 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
         path = "all_heads" if record["heads"] is None else "misa"
         paths["dsa" if record["router"] is None else path] += len(record["q"])
     assert state["internal_states"][0]["misa_rows"] == paths
-    assert (paths["dsa"] > 0) == (paths["all_heads"] > 0) == (config.min_context > 0)
+    assert all(paths.values())
     found = {
         sample.labels["path"]: sample.value
         for family in text_string_to_metric_families(exported)
@@ -280,6 +242,97 @@ def test_other_settings_in_mixed_chunks(family, config, tiny_model, tmp_path):
     labels = f'decode="{config.decode}"', f'router="{config.router}"'
     (line,) = [x for x in exported.splitlines() if x.startswith("sglang:misa_info{")]
     assert all(label in line for label in labels)
+
+
+def audited(server):
+    """What the server's audits counted in each layer: rows, tokens, those selected, and the rows of each head."""
+    (state,) = server.get("/get_server_info").json()["internal_states"]
+    return {
+        x["layer"]: torch.tensor([x["rows"], x["tokens"], x["selected"], *x["heads"]])
+        for x in state["misa_audit"]
+    }
+
+
+def counted(record):
+    """The same of a record, by the reference."""
+    q, weights, k, k_scale, lengths = (
+        record[name] for name in ("q", "weights", "k", "k_scale", "lengths")
+    )
+    wanted = reference.dsa(q, weights, k, k_scale, lengths, TOPK)
+    wanted, chosen = (
+        reference.members(x.long(), len(k)) for x in (wanted, record["positions"])
+    )
+    rows = torch.tensor([len(q), wanted.sum(), (wanted & chosen).sum()])
+    heads = torch.bincount(record["heads"].flatten(), minlength=q.shape[1])
+    return torch.cat([rows, heads])
+
+
+def check_audit(server):
+    """All of a few rows are audited: what is exported is what the reference counts."""
+    before = audited(server)
+    assert len(before) == LAYERS and all(counts[0] > 0 for counts in before.values())
+    server.forget()
+    # As much of it as an earlier prompt had in whole pages is cached.
+    answer = server.generate(tokens(1300, 1300)[:1290], 3)
+    assert cached(answer) == 1280
+    after, exported = audited(server), server.get("/metrics").text
+    values = {
+        (sample.name.removeprefix("sglang:misa_audit_"), sample.labels["layer"])
+        + ((sample.labels["misa"],) if "misa" in sample.labels else ()): sample.value
+        for family in text_string_to_metric_families(exported)
+        for sample in family.samples
+        if sample.name.startswith("sglang:misa_audit_")
+    }
+    records = [record for record in server.records() if record["heads"] is not None]
+    assert len(records[0]["q"]) == 10
+    for layer in range(LAYERS):
+        found = [counted(x) for x in records if x["layer_id"] == layer]
+        assert torch.equal(after[layer] - before[layer], sum(found))
+        rows, wanted, selected, *heads = after[layer].tolist()
+        _, last_wanted, last_selected, *_ = found[-1].tolist()
+        assert selected < wanted, "a comparison with itself would show nothing"
+        assert values["recall", str(layer)] == last_selected / last_wanted
+        assert values["rows_total", str(layer)] == rows
+        assert values["tokens_total", str(layer), "selected"] == selected
+        assert values["tokens_total", str(layer), "missed"] == wanted - selected
+        assert values["heads", str(layer)] == sum(n > 0 for n in heads)
+        assert values["busiest_head", str(layer)] == max(heads) / rows
+    assert "MISA audit, #row: 20, recall: " in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "family, config, steps",
+    [
+        (FAMILIES[0], replace(SAMPLED, decode="dsa", **HIERARCHICAL), 3),
+        (FAMILIES[1], POOLED, 1),
+    ],
+    ids=FAMILIES,
+)
+def test_speculative_decoding(family, config, steps, tiny_model, tmp_path):
+    """The tokens are those that the model predicts, and every pass selects as defined."""
+    with serve(
+        tiny_model(family, LAYERS, TOPK, nextn=True),
+        tmp_path,
+        *misa_args(config),
+        *chain(steps),
+        *("--chunked-prefill-size", "512"),
+    ) as server:
+        prompts = [tokens(size, size) for size in (300, 530)]
+        records = check_speculation(server, prompts, 70)
+    verified = defaultdict(set)
+    for r in records:
+        if r["decode"] and not r["draft"]:
+            verified[r["rid"]].update(r["lengths"].tolist())
+    # The rows of all new tokens but the last, and those of drafts behind them.
+    for prompt, lengths in zip(prompts, sorted(verified.values(), key=min)):
+        first = len(prompt) + 1
+        assert min(lengths) == first and lengths >= set(range(first, first + 69))
+    # One row a sequence in draft decode, of which there is none with a single draft.
+    passes = {(r["draft"], len(r["q"])) for r in records if r["decode"]}
+    several = {(False, steps + 1), (True, steps + 1)}
+    assert passes == several | ({(True, 1)} if steps > 1 else set())
+    # Every pass, some steps of each request: the definition routes one row at a time.
+    check_records(records[::7], config, TOPK)
 
 
 @pytest.mark.parametrize(
@@ -316,3 +369,29 @@ def test_retraction(family, config, tiny_model, tmp_path):
     check_records(again, config, TOPK)
     rows = 1, 349
     assert torch.equal(selections(again, *rows), selections(first, *rows))
+
+
+def test_two_ranks(tiny_model, tmp_path):
+    """They share the rows of a long prompt, and each selects for all rows of a short one."""
+    size = 2100
+    with serve(
+        tiny_model("deepseek_v32", LAYERS, TOPK),
+        tmp_path,
+        *misa_args(SAMPLED),
+        *("--tp", "2", "--chunked-prefill-size", "4096"),
+        # SGLang wants to be told where there is one NUMA node.
+        env={"SGLANG_CPU_OMP_THREADS_BIND": "0|0"},
+    ) as server:
+        cold = server.generate(tokens(size), 4)
+        check_records(server.records(), SAMPLED, TOPK)
+        shares = sorted(prompt_rows(server.capture_dir))
+        middle = len(shares[0]) + 1
+        assert shares == [list(range(1, middle)), list(range(middle, size + 1))]
+        (state,) = server.get("/get_server_info").json()["internal_states"]
+        assert state["misa_rows"] == {"misa": LAYERS * size, "all_heads": 0, "dsa": 0}
+        server.forget()
+        hit = server.generate(tokens(size), 4)
+        check_records(server.records(), SAMPLED, TOPK)
+        rows = list(range(cached(hit) + 1, size + 1))
+        assert prompt_rows(server.capture_dir) == [rows, rows]
+        assert 0 < len(rows) < 100 and output(hit) == output(cold)

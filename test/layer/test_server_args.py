@@ -29,10 +29,14 @@ pytestmark = pytest.mark.skipif(
 
 HEADS, TOPK = 64, 256
 POOLED = "--misa-router pooled"
-SPECULATIVE = (
-    "--speculative-algorithm EAGLE --speculative-num-steps 2 --speculative-eagle-topk 1 "
-    "--speculative-num-draft-tokens 3"
-)
+
+
+def chain(steps: int, algorithm: str = "EAGLE") -> str:
+    """Speculative decoding with so many drafts, one after the other."""
+    return (
+        f"--speculative-algorithm {algorithm} --speculative-num-steps {steps} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {steps + 1}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,12 @@ def parse(model):
     )
 
 
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """SGLang sets this for good with context parallelism, and not where it is set."""
+    monkeypatch.setenv("SGLANG_ENABLE_CP_V2", "0")
+
+
 # Of arguments that say nothing but --enable-misa.
 DEFAULTS = MisaConfig(rerank_candidates=DEFAULT_RERANK_CANDIDATES)
 
@@ -71,6 +81,7 @@ def test_defaults(parse):
     args = parse()
     assert args.enable_misa
     assert args.misa_block_size is None and args.misa_min_context is None
+    assert args.misa_audit_interval == 0
     config = module.misa_config(args)
     assert config == MisaConfig(
         router="sampled",
@@ -95,10 +106,21 @@ def test_values_at_the_bounds_are_accepted(parse):
         # They say how SGLang's own indexer decodes.
         "--dsa-topk-backend flashinfer",
         "--dsa-paged-mqa-logits-backend cutedsl",
+        # Where index K moves, the sampled router follows it.
+        "--enable-hierarchical-cache",
+        "--enable-hierarchical-cache --hicache-mem-layout layer_first --hicache-write-policy write_back",
+        "--disaggregation-mode prefill",
+        "--disaggregation-mode prefill --enable-hierarchical-cache",
+        "--disaggregation-mode decode",
+        "--disaggregation-mode decode --disaggregation-decode-enable-radix-cache",
         f"--misa-rerank-candidates {TOPK}",
         f"--misa-rerank-candidates {MAX_CONTEXT}",
         "--misa-min-context 0",
         "--misa-min-context 4096",
+        "--misa-audit-interval 1",
+        *(chain(steps) for steps in (1, 3, 5)),
+        chain(3, "NEXTN"),
+        f"{POOLED} {chain(3)}",
     ):
         parse(flags)
 
@@ -126,6 +148,11 @@ def test_values_at_the_bounds_are_accepted(parse):
         ("--misa-rerank-candidates 255", "at least 256"),
         ("--misa-rerank-candidates -1", "at least 256"),
         ("--misa-min-context -1", "use 0"),
+        ("--misa-audit-interval -1", "use 0"),
+        (
+            f"--misa-audit-interval 1000 --misa-active-heads {HEADS}",
+            "drop --misa-audit-interval",
+        ),
     ],
 )
 def test_bad_values(parse, flags, remedy):
@@ -171,17 +198,53 @@ def test_values_that_are_no_numbers(parse, flag, capsys):
     assert f"--misa-{flag}: invalid int value: 'many'" in capsys.readouterr().err
 
 
+CP = "--tp-size 2 --enable-prefill-cp --cp-strategy"
 COMBINATIONS = [
     ("--use-ray", "drop --use-ray"),
     ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
+    (f"{CP} zigzag", "use these, or drop"),
+    (f"{CP} interleave --misa-router pooled", "use --misa-router sampled"),
     ("--dcp-size 2 --tp-size 2", "drop --dcp-size"),
-    ("--disaggregation-mode prefill", "drop --disaggregation-mode"),
-    ("--disaggregation-mode decode", "drop --disaggregation-mode"),
-    ("--enable-hierarchical-cache", "drop --enable-hierarchical-cache"),
+    (
+        f"{POOLED} --disaggregation-mode prefill",
+        "drop --misa-router or --disaggregation-mode",
+    ),
+    (
+        f"{POOLED} --disaggregation-mode decode",
+        "drop --misa-router or --disaggregation-mode",
+    ),
+    (
+        f"{POOLED} --enable-hierarchical-cache",
+        "drop --misa-router or --enable-hierarchical-cache",
+    ),
+    (
+        f"--enable-hierarchical-cache {chain(3)}",
+        "drop --enable-hierarchical-cache or --speculative-algorithm",
+    ),
+    (
+        "--disaggregation-mode decode --disaggregation-decode-enable-radix-cache --enable-hierarchical-cache",
+        "drop --enable-hierarchical-cache there",
+    ),
+    (
+        "--disaggregation-mode decode --disaggregation-decode-enable-offload-kvcache --hicache-storage-backend file",
+        "drop --disaggregation-decode-enable-offload-kvcache",
+    ),
     ("--enable-lmcache", "drop --enable-lmcache"),
     ("--enable-flexkv", "--enable-flexkv"),
     ("--enable-hisparse", "drop --enable-hisparse"),
-    (SPECULATIVE, "drop --speculative-algorithm"),
+    *(
+        (chain(3, algorithm), "set --speculative-algorithm to EAGLE")
+        for algorithm in ("EAGLE3", "STANDALONE")
+    ),
+    (
+        "--speculative-algorithm NGRAM --speculative-ngram-max-bfs-breadth 1",
+        "set --speculative-algorithm to EAGLE",
+    ),
+    (f"{chain(3)} --enable-multi-layer-eagle", "drop --enable-multi-layer-eagle"),
+    (
+        f"{chain(3)} --speculative-draft-attention-backend flashinfer",
+        "drop --speculative-draft-attention-backend",
+    ),
     ("--prefill-attention-backend flashinfer", "--prefill-attention-backend"),
     ("--decode-attention-backend flashinfer", "--decode-attention-backend"),
     ("--cuda-graph-backend-prefill full", "drop --cuda-graph-backend-prefill full"),
@@ -202,17 +265,17 @@ def test_unsupported_combinations(parse, flags, remedy):
     assert "--enable-misa" in message and remedy in message
 
 
+def test_context_parallelism_that_deals_rows_out(parse):
+    args = parse(f"{CP} interleave")
+    assert args.attn_cp_size == 2 and args.misa_router == "sampled"
+
+
 SETTINGS = [
     # SGLang itself changes or rejects these on a CPU before MISA sees them.
     ("page_size", 32, "--page-size"),
     ("page_size", 128, "--page-size"),
     ("device", "npu", "NPU"),
     ("device", "xpu", "XPU"),
-    (
-        "enable_dsa_prefill_context_parallel",
-        True,
-        "prefill context-parallel flags",
-    ),
     ("enable_dsa_cache_layer_split", True, "drop --enable-dsa-cache-layer-split"),
 ]
 
@@ -240,15 +303,22 @@ def test_cpu_without_the_engine(parse, monkeypatch):
 
 
 EVALUATIONS = [
-    ("hiza", "", "set it to hisa, random-heads, heaviest-heads"),
+    ("hiza", "", "set it to hisa, random-heads"),
     (
         "hisa",
         "--misa-decode misa --cuda-graph-backend-decode full",
         "add --disable-cuda-graph",
     ),
     ("hisa", "--cuda-graph-backend-prefill breakable", "add --disable-cuda-graph"),
+    # MISA would select in verify.
+    (
+        "hisa",
+        f"{chain(3)} --cuda-graph-backend-decode full",
+        "add --disable-cuda-graph",
+    ),
     ("random-heads", "--misa-rerank-candidates 512", "drop --misa-rerank-candidates"),
     ("heaviest-heads", "--misa-min-context 512", "--misa-min-context"),
+    ("hisa", "--misa-audit-interval 1000", "drop --misa-audit-interval"),
 ]
 
 
@@ -339,6 +409,18 @@ def test_a_cpu_needs_no_kernels(parse, monkeypatch):
     parse("--misa-rerank-candidates 1000")
 
 
+def test_draft_tokens_that_the_kernels_do_not_take(on_gpu, monkeypatch):
+    kernels = operations.operations(torch.device("cuda"))
+    monkeypatch.setattr(kernels, "MAX_ROWS", 4)
+    module.check_misa_server_args(on_gpu(chain(3)))
+    message = refusal(module.check_misa_server_args, on_gpu(chain(4)))
+    assert "--speculative-num-draft-tokens 5" in message and "at most 4" in message
+    # Its number of drafts changes while it runs: 7 at most.
+    adaptive = on_gpu("--speculative-algorithm EAGLE --speculative-adaptive")
+    message = refusal(module.check_misa_server_args, adaptive)
+    assert "--speculative-num-draft-tokens 8" in message
+
+
 @pytest.mark.parametrize("candidates", [1000, 16448])
 def test_candidates_that_the_kernels_do_not_take(on_gpu, candidates):
     args = on_gpu(f"--misa-rerank-candidates {candidates}")
@@ -387,6 +469,18 @@ def test_a_model_without_dsa(parse, tiny_model, tmp_path):
     )
     message = refusal(parse, "--attention-backend torch_native", path)
     assert "DeepSeek Sparse Attention" in message and "drop --enable-misa" in message
+
+
+@pytest.mark.parametrize(
+    "architecture", ["DeepseekV4ForCausalLM", "Glm5NextForCausalLM"]
+)
+def test_a_model_with_another_indexer(parse, architecture, monkeypatch):
+    args = parse()
+    hf_config = copy.copy(args.get_model_config().hf_config)
+    hf_config.architectures = [architecture]
+    monkeypatch.setattr(args.get_model_config(), "hf_config", hf_config)
+    message = refusal(module.check_misa_server_args, args)
+    assert f"({architecture}) is not; drop --enable-misa" in message
 
 
 @pytest.mark.parametrize("name", ["index_n_heads", "index_topk"])
@@ -506,8 +600,10 @@ def test_the_launchers_refuse(entry, model):
     assert "--misa-active-heads 65 is not between 1 and 64" in last
 
 
-def test_help_lists_the_arguments():
-    result = run(sys.executable, "-m", "sglang.launch_server", "--help")
+def test_help_lists_the_arguments(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    listed = capsys.readouterr().out
     for flag in (
         "--enable-misa",
         "--misa-router",
@@ -516,8 +612,9 @@ def test_help_lists_the_arguments():
         "--misa-rerank-candidates",
         "--misa-min-context",
         "--misa-decode",
+        "--misa-audit-interval",
     ):
-        assert flag in result.stdout
+        assert flag in listed
 
 
 ENGINE = """

@@ -101,7 +101,7 @@ def test_routes_as_defined():
         assert torch.equal(given.float(), wanted)
 
 
-@pytest.mark.parametrize("rows_per_seq", [1, 4])
+@pytest.mark.parametrize("rows_per_seq", [1, 4, 8])
 def test_decode_is_prefill(rows_per_seq):
     sequences = [make_inputs("random", rows_per_seq, HEADS, n) for n in (300, 64, 700)]
     rows = Sequences(*sequences)

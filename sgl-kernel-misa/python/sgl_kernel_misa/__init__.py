@@ -15,12 +15,12 @@ CUDA graphs. They are `torch.ops.sgl_kernel_misa.*` as well. Shapes used through
     shared_scale float32 [T], its scale
 
 What they can do, which needs no GPU and no compiled kernels to know: HEADS, the numbers of heads H; MAX_TOPK and
-TOPK_MULTIPLE, the largest `topk` and what each is a multiple of.
+TOPK_MULTIPLE, the largest `topk` and what each is a multiple of; MAX_ROWS, the most rows a sequence in decode.
 
 Source of the method: MISA, arXiv 2605.07363.
 """
 
-from sgl_kernel_misa.constants import MAX_TOPK
+from sgl_kernel_misa.constants import MAX_ROWS, MAX_TOPK
 from sgl_kernel_misa.constants import NUM_HEADS as HEADS
 from sgl_kernel_misa.constants import PAGE_SIZE as TOPK_MULTIPLE
 from sgl_kernel_misa.decode import (
@@ -38,6 +38,7 @@ from sgl_kernel_misa.version import __version__
 
 __all__ = [
     "HEADS",
+    "MAX_ROWS",
     "MAX_TOPK",
     "TOPK_MULTIPLE",
     "__version__",

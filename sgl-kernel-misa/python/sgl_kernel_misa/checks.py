@@ -23,22 +23,37 @@ def tensor(
     name: str, value: torch.Tensor, dtype: torch.dtype, shape: Sequence[Optional[int]]
 ) -> None:
     """Raise ValueError unless `value` is contiguous, of `dtype` and of `shape` (None: any size)."""
-    require(value.dtype == dtype, f"{name} must be {dtype}, not {value.dtype}")
-    matches = value.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(value.shape, shape)
-    )
-    wanted = ", ".join("*" if want is None else str(want) for want in shape)
-    require(matches, f"{name} must be [{wanted}], not {list(value.shape)}")
-    require(value.is_contiguous(), f"{name} must be contiguous")
+    # Every call of an operation comes here ten times, before its kernels are launched: what is right costs little.
+    have = value.shape
+    if value.dtype is dtype and len(have) == len(shape) and value.is_contiguous():
+        for size, want in zip(have, shape):
+            if want is not None and size != want:
+                break
+        else:
+            return
+    raise _wrong(name, value, dtype, shape)
+
+
+def _wrong(
+    name: str, value: torch.Tensor, dtype: torch.dtype, shape: Sequence[Optional[int]]
+) -> ValueError:
+    """What is wrong with a tensor."""
+    if value.dtype != dtype:
+        return ValueError(f"{name} must be {dtype}, not {value.dtype}")
+    if value.dim() != len(shape) or any(
+        want not in (None, have) for have, want in zip(value.shape, shape)
+    ):
+        wanted = ", ".join("*" if want is None else str(want) for want in shape)
+        return ValueError(f"{name} must be [{wanted}], not {list(value.shape)}")
+    return ValueError(f"{name} must be contiguous")
 
 
 def queries(q: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor) -> None:
     tensor("q", q, torch.float8_e4m3fn, (None, None, HEAD_DIM))
     rows, num_heads, _ = q.shape
-    require(
-        num_heads in NUM_HEADS,
-        f"q must have {' or '.join(map(str, NUM_HEADS))} heads, not {num_heads}",
-    )
+    if num_heads not in NUM_HEADS:
+        known = " or ".join(map(str, NUM_HEADS))
+        raise ValueError(f"q must have {known} heads, not {num_heads}")
     tensor("weights", weights, torch.float32, (rows, num_heads))
     tensor("lengths", lengths, torch.int32, (rows,))
 
@@ -61,10 +76,11 @@ def heads(
     if value is not None:
         tensor("heads", value, torch.int32, (q.shape[0], None))
         least, most = (0, q.shape[1] - 1) if shared else (1, q.shape[1])
-        require(
-            least <= value.shape[1] <= most,
-            f"heads must name {least} to {most} heads a row, not {value.shape[1]}",
-        )
+        count = value.shape[1]
+        if not least <= count <= most:
+            raise ValueError(
+                f"heads must name {least} to {most} heads a row, not {count}"
+            )
 
 
 def cache(index_k: torch.Tensor) -> None:
@@ -72,10 +88,8 @@ def cache(index_k: torch.Tensor) -> None:
 
 
 def pages(page_table: torch.Tensor) -> None:
-    require(
-        page_table.dtype == torch.int32,
-        f"page_table must be torch.int32, not {page_table.dtype}",
-    )
+    if page_table.dtype != torch.int32:
+        raise ValueError(f"page_table must be torch.int32, not {page_table.dtype}")
     require(
         page_table.dim() == 2 and page_table.stride(1) == 1,
         "page_table must be [sequences, pages] with contiguous rows",
@@ -88,21 +102,23 @@ def sequences(page_table: torch.Tensor, cu_rows: torch.Tensor) -> None:
 
 
 def context(value: int) -> None:
-    require(
-        value <= MAX_CONTEXT,
-        f"max_context must be at most {MAX_CONTEXT} tokens, not {value}",
-    )
+    if value > MAX_CONTEXT:
+        raise ValueError(
+            f"max_context must be at most {MAX_CONTEXT} tokens, not {value}"
+        )
 
 
 def selection(
     lengths: torch.Tensor, topk: int, output: str, offsets: Optional[torch.Tensor]
 ) -> torch.Tensor:
     """Check how a selection is to be written; returns room for it, int32 [T, topk]."""
-    require(
-        PAGE_SIZE <= topk <= MAX_TOPK and topk % PAGE_SIZE == 0,
-        f"topk must be a multiple of {PAGE_SIZE} from {PAGE_SIZE} to {MAX_TOPK}, not {topk}",
-    )
-    require(output in FORMS, f"output must be one of {', '.join(FORMS)}, not {output}")
+    if not PAGE_SIZE <= topk <= MAX_TOPK or topk % PAGE_SIZE:
+        raise ValueError(
+            f"topk must be a multiple of {PAGE_SIZE} from {PAGE_SIZE} to {MAX_TOPK}, not {topk}"
+        )
+    if output not in FORMS:
+        known = ", ".join(FORMS)
+        raise ValueError(f"output must be one of {known}, not {output}")
     rows = lengths.shape[0]
     if output == "ragged":
         require(offsets is not None, 'offsets are needed for output "ragged"')

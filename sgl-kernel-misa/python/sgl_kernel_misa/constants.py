@@ -19,7 +19,9 @@ SCORING_HEADS = (
 )  # with which a row is scored: what is compiled, for up to so many
 MAX_CONTEXT = 1 << 22  # tokens: positions are 22 bits of a sort key
 MAX_TOPK = 16384  # tokens, and candidates of a re-rank
-MAX_ROWS = 4  # of a sequence that decode takes together
+# Of a sequence that decode takes together: what is compiled, for up to so many.
+DECODE_ROWS = (4, 8)
+MAX_ROWS = DECODE_ROWS[-1]
 
 ROUTER_CTAS_PER_SM = 2  # of `route_sampled`: as many as that share the rows. A third only waits longer for its samples
 
@@ -35,9 +37,11 @@ SELECT_CAPACITIES = (
 
 # CTAs that share a row or a sequence: the sizes of clusters that are compiled.
 DECODE_ROUTE_RANKS = (1, 2, 4, 8)
+DECODE_ROUTE_ROWS = 4  # whose heads each of them picks, at most
 DECODE_SELECT_RANKS = (2, 4, 8)
 RERANK_RANKS = (1, 8)
 
+SCORE_CTAS_PER_SM = {8: 2, 16: 2, 32: 1, 64: 1}  # of `decode_score`, by SCORING_HEADS
 DECODE_CANDIDATES = 6144  # tokens that a CTA of `decode_select` lists
 RERANK_CAPACITIES = (4096, 8192, MAX_TOPK)  # candidates that a row may have
 

@@ -16,13 +16,19 @@ from sgl_kernel_misa.constants import (
     FORMS,
     MAX_ROWS,
     PAGE_SIZE,
+    SCORE_CTAS_PER_SM,
 )
 from sgl_kernel_misa.device import cluster_ranks, num_sms
 from sgl_kernel_misa.library import launch
 from sgl_kernel_misa.registration import launching, operation
 from sgl_kernel_misa.routing import checked_heads, launch_decode_route
 from sgl_kernel_misa.sampled_routing import checked_slots, launch_route_sampled
-from sgl_kernel_misa.tensors import keys_and_scales, no_offsets, slots
+from sgl_kernel_misa.tensors import (
+    compiled_rows,
+    keys_and_scales,
+    no_offsets,
+    slots,
+)
 
 
 @operation()
@@ -46,7 +52,7 @@ def topk_decode(
     """As `topk_prefill`, for decode and speculative verify: few rows a sequence, whose keys are read once for all of them.
 
     Args:
-        rows_per_seq: rows of every sequence, 1 to 4; row t belongs to sequence t // rows_per_seq.
+        rows_per_seq: rows of every sequence, 1 to MAX_ROWS; row t belongs to sequence t // rows_per_seq.
         lengths: may be 0 for padding rows, which get -1 only.
 
     Returns:
@@ -197,7 +203,7 @@ def route_sampled_topk_decode(
 
 def score_ctas(heads: int, sms: int) -> int:
     """CTAs that score with kernels of so many `heads`: those that fit on a device with `sms` SMs at once."""
-    return 2 * sms if heads <= 16 else sms
+    return SCORE_CTAS_PER_SM[heads] * sms
 
 
 def select_ranks(rows: int, topk: int, sms: int) -> int:
@@ -266,7 +272,7 @@ def _launch_select(
     scores = weights.new_empty(rows, width)
     compiled, slots_of = slots(q, weights, heads, shared_q, shared_scale)
     launch(
-        f"decode_score_{compiled}",
+        f"decode_score_{compiled}_{compiled_rows(rows_per_seq)}",
         q=q,
         weights=weights,
         **slots_of,

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import json
 import struct
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -48,6 +49,9 @@ class _Kernel:
             for argument, kind in arguments
             if kind != "pointer"
         }
+        # With one name an itemgetter returns no tuple. Every kernel has several tensors and several numbers.
+        self._get_tensors = itemgetter(*self._tensors)
+        self._get_numbers = itemgetter(*self._numbers)
         self._check = struct.Struct("".join(self._numbers.values())).pack
         self._call = getattr(library, f"{name}_call")
         self._call.argtypes = [_TYPES[kind][0] for _, kind in arguments] + [
@@ -61,8 +65,8 @@ class _Kernel:
     def launch(self, arguments: Dict[str, Any]) -> None:
         device = self.device
         try:
-            tensors = [arguments[name] for name in self._tensors]
-            numbers = [arguments[name] for name in self._numbers]
+            tensors = self._get_tensors(arguments)
+            numbers = self._get_numbers(arguments)
             on_device = set(map(torch.Tensor.get_device, tensors)) == {device}
             self._check(*numbers)
         except (KeyError, TypeError, struct.error) as error:

@@ -2,10 +2,11 @@
 
 import torch
 from sgl_kernel_misa import checks
-from sgl_kernel_misa.constants import HEAD_DIM, PAGE_SIZE
+from sgl_kernel_misa.constants import DECODE_ROUTE_ROWS, HEAD_DIM, PAGE_SIZE
 from sgl_kernel_misa.device import cluster_ranks, num_sms
 from sgl_kernel_misa.library import launch
 from sgl_kernel_misa.registration import launching, operation
+from sgl_kernel_misa.tensors import compiled_rows
 
 
 @operation()
@@ -100,11 +101,15 @@ def launch_decode_route(
     heads: torch.Tensor,
     dealt: torch.Tensor,
 ) -> None:
-    """Write the heads for 1 to 4 rows a sequence; scoring may begin while it works. Clears `dealt`, int32 [1], for it."""
+    """Write the heads for few rows a sequence; scoring may begin while it works. Clears `dealt`, int32 [1], for it."""
     batch, max_pages = page_table.shape
-    ranks = cluster_ranks(batch, ctas_per_sm=2, sms=num_sms(q.device))
+    rows = compiled_rows(rows_per_seq)
+    ranks = max(
+        rows // DECODE_ROUTE_ROWS,
+        cluster_ranks(batch, ctas_per_sm=2, sms=num_sms(q.device)),
+    )
     launch(
-        f"decode_route_{q.shape[1]}_{ranks}",
+        f"decode_route_{q.shape[1]}_{rows}_{ranks}",
         q=q,
         weights=weights,
         pooled_keys=pooled_keys,

@@ -87,8 +87,12 @@ def launch_route_sampled(
         rows_per_seq, cu_rows = rows_of, lengths  # lengths: not read
     else:
         rows_per_seq, cu_rows = 0, rows_of
-    # Rows that share what is copied of the keys; a row's bits do not depend on it.
+    # Rows that share what is copied of the keys: so few that all SMs have some. A row's bits do not depend on it.
     tile_rows = -(-q.shape[0] // (ROUTER_CTAS_PER_SM * num_sms(q.device)))
+    if rows_per_seq:
+        tiles = batch * -(-rows_per_seq // tile_rows)
+    else:
+        tiles = q.shape[0] // tile_rows + batch + 1
     launch(
         f"route_sampled_{q.shape[1]}",
         q=q,
@@ -104,7 +108,7 @@ def launch_route_sampled(
         dealt=dealt,
         rows_per_seq=rows_per_seq,
         tile_rows=tile_rows,
-        tiles=batch if rows_per_seq else q.shape[0] // tile_rows + batch + 1,
+        tiles=tiles,
         rows=q.shape[0],
         pages=index_k.shape[0],
         batch=batch,

@@ -3,7 +3,7 @@
 from typing import Any, Dict, Optional, Tuple
 
 import torch
-from sgl_kernel_misa.constants import PAGE_KEY_BYTES, SCORING_HEADS
+from sgl_kernel_misa.constants import DECODE_ROWS, PAGE_KEY_BYTES, SCORING_HEADS
 
 
 def keys_and_scales(index_k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -47,3 +47,8 @@ def slots(
 def padded_heads(count: int) -> int:
     """Heads that the scoring kernels are compiled for, at least `count`."""
     return next(size for size in SCORING_HEADS if size >= count)
+
+
+def compiled_rows(count: int) -> int:
+    """Rows of a sequence that the kernels of decode are compiled for, at least `count`."""
+    return next(rows for rows in DECODE_ROWS if rows >= count)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import collections
+import itertools
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Iterator, List, Optional, Tuple
 
@@ -9,22 +13,29 @@ import torch
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
+from sglang.srt.layers.attention.dsa.utils import can_dsa_prefill_cp_round_robin_split
+from sglang.srt.runtime_context import get_parallel
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 @dataclass(frozen=True)
 class Batch:
     """Sequences with cached keys, and the rows that query them: T rows of B sequences, without padding.
 
+    Decode, in the sense of the kernels, is all that SGLang's indexer selects for in its cache: decode itself, and the two
+    passes of speculative decoding that have several rows a sequence, target verify and draft extend.
+
     Attributes:
         page_table: int32 [B, P], the pages of each sequence; columns behind a sequence's last page hold anything.
         cu_rows: int32 [B + 1], the rows of sequence b are cu_rows[b] .. cu_rows[b + 1].
-        lengths: int32 [T], tokens visible to each row, non-decreasing within a sequence.
+        lengths: int32 [T], tokens visible to each row, non-decreasing within a sequence; in decode 0 for some padding rows.
         rows: the number of rows of each sequence, on the host.
-        bounds: the least and the largest of the lengths where the host knows them (extend); None in decode, where every
-            sequence has one row.
+        bounds: the least and the largest of the lengths where the host knows them (extend); None in decode.
+        rows_per_seq: in decode, the number of rows of every sequence.
+        by_row: in decode, page_table and cu_rows as SGLang has them, [T, P] and [T + 1], as if each row were a sequence.
     """
 
     page_table: torch.Tensor
@@ -32,6 +43,8 @@ class Batch:
     lengths: torch.Tensor
     rows: List[int]
     bounds: Optional[Tuple[int, int]] = None
+    rows_per_seq: int = 1
+    by_row: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
 
     def sequences(self) -> Iterator[Tuple[int, slice]]:
         """Each sequence's place in the batch, and its rows."""
@@ -50,38 +63,117 @@ class Batch:
             bounds=(min(least, length), min(largest, length)),
         )
 
+    def only(self, rows: List[int]) -> Tuple[Batch, torch.Tensor]:
+        """Some of the rows, given in ascending order, and where they are among all: int64 [len(rows)] on the device."""
+        sequences, counts = rows, [1] * len(rows)
+        if self.bounds is not None:
+            ends = list(itertools.accumulate(self.rows))
+            owners = collections.Counter(bisect.bisect(ends, row) for row in rows)
+            sequences, counts = list(owners), list(owners.values())
+        index = self._on_device(rows, torch.int64)
+        cu_rows = list(itertools.accumulate(counts, initial=0))
+        batch = replace(
+            self,
+            page_table=self.page_table[self._on_device(sequences, torch.int64)],
+            cu_rows=self._on_device(cu_rows, torch.int32),
+            lengths=self.lengths[index],
+            rows=counts,
+            by_row=None,
+        )
+        return batch, index
 
-def rows_below(metadata: DSAIndexerMetadata, length: int) -> int:
-    """How many rows of an extend batch see fewer tokens than `length`, from what the host knows."""
-    rows = metadata.get_dsa_extend_len_cpu()
-    seq_lens = metadata.get_indexer_seq_len_cpu().tolist()
-    return sum(
-        min(count, max(0, length - 1 - (seq_len - count)))
-        for seq_len, count in zip(seq_lens, rows)
+    def _on_device(self, values: List[int], dtype: torch.dtype) -> torch.Tensor:
+        # From pinned memory the host need not wait for the copy.
+        device = self.lengths.device
+        pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+        return pinned.to(device, non_blocking=True)
+
+
+def _is_split(forward_batch: ForwardBatch) -> bool:
+    """Whether context parallelism deals the rows of an extend batch out, one by one, to the ranks of its group."""
+    return get_parallel().attn_cp_size > 1 and can_dsa_prefill_cp_round_robin_split(
+        forward_batch
     )
 
 
-def extend_batch(metadata: DSAIndexerMetadata) -> Batch:
-    """The rows of an extend batch."""
+def _dealt_spans(forward_batch: ForwardBatch) -> List[range]:
+    """The lengths of this rank's rows of every sequence; of some sequences it may have none."""
+    parallel = get_parallel()
+    size, rank = parallel.attn_cp_size, parallel.attn_cp_rank
+    spans, before = [], 0
+    for end, count in zip(
+        forward_batch.seq_lens_cpu.tolist(), forward_batch.extend_seq_lens_cpu
+    ):
+        first = (rank - before) % size
+        spans.append(range(end - count + 1 + first, end + 1, size))
+        before += count
+    return spans
+
+
+def extend_spans(
+    forward_batch: ForwardBatch, metadata: DSAIndexerMetadata
+) -> List[range]:
+    """The lengths of the rows of each sequence of an extend batch, from what the host knows."""
+    if _is_split(forward_batch):
+        # The metadata has no sequence of which this rank has no rows.
+        return [span for span in _dealt_spans(forward_batch) if span]
     rows = metadata.get_dsa_extend_len_cpu()
     seq_lens = metadata.get_indexer_seq_len_cpu().tolist()
-    first = [length - count + 1 for length, count in zip(seq_lens, rows)]
+    return [range(end - count + 1, end + 1) for end, count in zip(seq_lens, rows)]
+
+
+def extend_rids(forward_batch: ForwardBatch) -> List[str]:
+    """The request of each sequence of an extend batch."""
+    if not _is_split(forward_batch):
+        return forward_batch.rids
+    spans = _dealt_spans(forward_batch)
+    return [rid for rid, span in zip(forward_batch.rids, spans) if span]
+
+
+def rows_below(spans: List[range], length: int) -> int:
+    """How many rows of an extend batch see fewer tokens than `length`."""
+    return sum(bisect_left(span, length) for span in spans)
+
+
+def bounds_of(spans: List[range]) -> Tuple[int, int]:
+    """The least and the largest length; 0 of no rows."""
+    spans = [span for span in spans if span]
+    least = min((span[0] for span in spans), default=0)
+    return least, max((span[-1] for span in spans), default=0)
+
+
+def extend_batch(forward_batch: ForwardBatch, metadata: DSAIndexerMetadata) -> Batch:
+    """The rows of an extend batch; with context parallelism those of this rank."""
+    spans = extend_spans(forward_batch, metadata)
     return Batch(
         page_table=metadata.get_page_table_64(),
         cu_rows=metadata.attn_metadata.cu_seqlens_q,
         lengths=metadata.get_seqlens_expanded(),
-        rows=rows,
-        bounds=(min(first, default=0), max(seq_lens, default=0)),
+        rows=[len(span) for span in spans],
+        bounds=bounds_of(spans),
     )
 
 
 def decode_batch(metadata: DSAIndexerMetadata) -> Batch:
-    """The rows of a decode batch; those of a CUDA graph's padding see one token of page 0."""
+    """The rows of a decode, target verify or draft extend batch.
+
+    The rows of a CUDA graph's padding see a few tokens of page 0, or none.
+    """
+    lengths = metadata.get_seqlens_expanded()
+    # SGLang repeats what it has of a sequence for each of its rows, but for this. What it counts as a sequence's rows differs
+    # between eager passes and CUDA graphs.
+    sequences = len(metadata.get_seqlens_int32())
+    rows_per_seq = len(lengths) // sequences if sequences else 1
+    # Folded, a kernel reads the keys of a sequence once. These are views: a CUDA graph gets no node for them.
+    page_table = metadata.get_page_table_64()
+    cu_rows = metadata.attn_metadata.cu_seqlens_q
     return Batch(
-        page_table=metadata.get_page_table_64(),
-        cu_rows=metadata.attn_metadata.cu_seqlens_q,
-        lengths=metadata.get_seqlens_expanded(),
-        rows=metadata.get_dsa_extend_len_cpu(),
+        page_table=page_table[::rows_per_seq],
+        cu_rows=cu_rows[::rows_per_seq],
+        lengths=lengths,
+        rows=[rows_per_seq] * sequences,
+        rows_per_seq=rows_per_seq,
+        by_row=(page_table, cu_rows),
     )
 
 

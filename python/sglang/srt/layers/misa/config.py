@@ -40,3 +40,10 @@ class MisaConfig:
     def pools_keys(self) -> bool:
         """Whether page means are kept beside index K."""
         return self.router == "pooled"
+
+    def dense_below(self, topk: int) -> int:
+        """Prompt tokens that see fewer tokens than this are scored by all heads, also in a batch of MISA's; 0: none are.
+
+        Those that see at most `topk` tokens select all of them, whichever heads score.
+        """
+        return self.min_context if self.min_context > topk + 1 else 0

@@ -6,31 +6,38 @@ Every hook leaves SGLang as it is when MISA is off.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 import torch
 
+from sglang.srt.layers.misa.audit import AUDIT
 from sglang.srt.layers.misa.batch import (
     Batch,
     attention_output,
     decode_batch,
     extend_batch,
+    extend_spans,
     rows_below,
 )
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
-from sglang.srt.layers.misa.metrics import ROWS, export
-from sglang.srt.layers.misa.patching import check_engaged, check_objects
+from sglang.srt.layers.misa.metrics import ROWS, AuditMetrics, export
+from sglang.srt.layers.misa.patching import check_engaged, check_objects, indexers
 from sglang.srt.layers.misa.pooled_keys import BYTES_PER_TOKEN, PooledKeys
+from sglang.srt.layers.misa.row_sharding import gather, part_of, pays, share_of
 from sglang.srt.layers.misa.server_args import misa_config
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
-from sglang.srt.runtime_context import get_server_args
+from sglang.srt.runtime_context import get_parallel, get_server_args
 
 if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
     from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+    from sglang.srt.managers.scheduler_components.metrics_reporter import (
+        SchedulerMetricsReporter,
+    )
     from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -54,8 +61,8 @@ def misa_selects(config: MisaConfig, batch: Batch) -> bool:
     """Whether MISA selects for the rows of a batch, or SGLang's own indexer does, with all heads."""
     if batch.bounds is not None:
         return batch.bounds[1] >= config.min_context
-    # One row a sequence. More rows, of a speculative verify, share what reading the keys costs.
-    return config.decode == "misa"
+    # Several rows a sequence, of a speculative verify or a draft extend, share what reading the keys costs.
+    return config.decode == "misa" or batch.rows_per_seq > 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,12 @@ class Call:
     @property
     def topk(self) -> int:
         return self.indexer.index_topk
+
+    @property
+    def draft(self) -> bool:
+        """Whether it is the draft model's, which counts its layers from 0 as well."""
+        spec_info = self.forward_batch.spec_info
+        return spec_info is not None and spec_info.is_draft_input()
 
     @property
     def forced(self) -> Dict[str, int]:
@@ -115,7 +128,7 @@ def select_ragged(
     args = enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata
     if (config := active_config()) is None:
         return original(indexer, *args, topk_result)
-    batch = extend_batch(metadata)
+    batch = extend_batch(forward_batch, metadata)
     if not misa_selects(config, batch):
         ROWS.add("dsa", len(batch.lengths))
         return original(indexer, *args, topk_result)
@@ -126,7 +139,7 @@ def select_ragged(
 def select_paged(
     original, indexer, forward_batch, layer_id, q_fp8, weights, metadata
 ) -> torch.Tensor:
-    """Around `Indexer._get_topk_paged` (decode)."""
+    """Around `Indexer._get_topk_paged` (decode, target verify, draft extend)."""
     args = indexer, forward_batch, layer_id, q_fp8, weights, metadata
     if (config := active_config()) is None:
         return original(*args)
@@ -149,10 +162,7 @@ def _selected(
     if rows:
         output, offsets = attention_output(call.metadata)
         offsets = None if offsets is None else offsets[:rows]
-        selection = select(call, config, batch, output, offsets)
-        indices = selection.indices
-        if batch.bounds is not None:
-            _count(call, config, selection)
+        indices = _select_all(call, config, batch, output, offsets)
     if out is None:
         if rows == len(call.q):
             return indices
@@ -161,15 +171,47 @@ def _selected(
     return out
 
 
-def _count(call: Call, config: MisaConfig, selection: Selection) -> None:
-    """Count the rows of an extend batch, on the host."""
-    rows = by_all = len(selection.indices)
+def sharing(batch: Batch) -> Optional[GroupCoordinator]:
+    """The ranks that share the rows of a batch; None where each selects for all of its rows."""
+    if batch.bounds is None or get_parallel().attn_tp_size == 1:
+        return None
+    group = get_parallel().attn_tp_group
+    shared = pays(len(batch.lengths), batch.bounds[1], group.world_size)
+    return group if shared else None
+
+
+def _select_all(
+    call: Call,
+    config: MisaConfig,
+    batch: Batch,
+    output: str,
+    offsets: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """What `select` chooses for the rows of a batch, by this rank or by those that share them -> int32 [T, topk]."""
+    if batch.bounds is None:
+        return select(call, config, batch, output, offsets).indices
+    spans = extend_spans(call.forward_batch, call.metadata)
+    rows, group = len(batch.lengths), sharing(batch)
+    if group is None:
+        selection = select(call, config, batch, output, offsets)
+        indices = selection.indices
+    else:
+        mine = share_of(rows, group.world_size, group.rank_in_group)
+        selection = select(
+            replace(call, q=call.q[mine], weights=call.weights[mine]),
+            config,
+            part_of(batch, spans, mine),
+            output,
+            None if offsets is None else offsets[mine],
+        )
+        indices = gather(selection.indices, rows, group)
+    # Every rank counts all rows, whoever selected for them: SGLang exports what one rank of a group has counted.
+    by_all = rows
     if selection.heads is not None:
-        by_all = 0
-        if selection.dense is not None:
-            by_all = rows_below(call.metadata, config.min_context)
+        by_all = rows_below(spans, config.dense_below(call.topk))
     ROWS.add("all_heads", by_all)
     ROWS.add("misa", rows - by_all)
+    return indices
 
 
 def select(
@@ -179,10 +221,53 @@ def select(
     output: str,
     offsets: Optional[torch.Tensor],
 ) -> Selection:
-    """Select for the rows of a batch; see `MisaIndexer.select`. The evaluation hooks in here, where MISA is on."""
+    """Select for the rows of a batch; see `MisaIndexer.select`.
+
+    The evaluation hooks in here, where MISA is on. Of rows that are shared, a rank sees its share.
+    """
     indexer = MisaIndexer(config=config, topk=call.topk, forced=call.forced)
     tensors = call.tensors(len(batch.lengths))
-    return indexer.select(**tensors, batch=batch, output=output, offsets=offsets)
+    given = {**tensors, "batch": batch, "output": output, "offsets": offsets}
+    selection = indexer.select(**given)
+    if AUDIT.interval and AUDIT.is_due(call.indexer, batch):
+        AUDIT.compare(call.layer_id, indexer, selection, **given)
+    return selection
+
+
+# The audit
+
+
+def audited_outside_of_the_graph(original, graphs, forward_batch: ForwardBatch) -> bool:
+    """Around `DecodeCudaGraphRunner.can_run_graph`: an audited decode step runs eagerly, and so do ranks that idle in it."""
+    if (
+        AUDIT.interval
+        and forward_batch.forward_mode.is_decode_or_idle()
+        and AUDIT.decode_is_due()
+    ):
+        return False
+    return original(graphs, forward_batch)
+
+
+def report_audits(_, reporter: SchedulerMetricsReporter, *args, **kwargs) -> None:
+    """After `SchedulerMetricsReporter.report_prefill_stats` and `report_decode_stats`."""
+    if AUDIT.interval:
+        AUDIT.collect(log=reporter.is_stats_logging_rank)
+
+
+def start_audit(scheduler: Any, config: MisaConfig) -> None:
+    """Audit the target model's layers from now on, if the server's arguments ask for it."""
+    args, collector = scheduler.server_args, scheduler.metrics_collector
+    if not args.misa_audit_interval:
+        return
+    runner = scheduler.tp_worker.model_runner
+    AUDIT.start(
+        args.misa_audit_interval,
+        indexers=frozenset(indexers(runner.model)),
+        step=lambda: runner.forward_pass_id,
+        # A speculative step's metadata are made for a graph or not before the step is counted.
+        decode=config.decode == "misa" and args.speculative_algorithm is None,
+        export=None if collector is None else AuditMetrics(collector.labels).export,
+    )
 
 
 # Pooled keys
@@ -263,13 +348,20 @@ def report(info: Dict[str, Any], scheduler: Any) -> Optional[Dict[str, Any]]:
     if config is None:
         return None
     check_engaged()
-    runner = scheduler.tp_worker.model_runner
-    pool = runner.token_to_kv_pool
-    check_objects(runner.model, pool if config.pools_keys else None)
-    size = pool.misa_pooled_keys.nbytes if config.pools_keys else 0
+    runners = [scheduler.tp_worker.model_runner]
+    if scheduler.draft_worker is not None:
+        # Speculative decoding: the draft model has indexers and a pool of its own.
+        runners += scheduler.draft_worker.draft_worker.draft_runners
+    size = 0
+    for runner in runners:
+        pool = runner.token_to_kv_pool
+        check_objects(runner.model, pool if config.pools_keys else None)
+        if config.pools_keys:
+            size += pool.misa_pooled_keys.nbytes
     announce(config, size)
     if scheduler.metrics_collector is not None:
         export(config, size, scheduler.metrics_collector.labels)
+    start_audit(scheduler, config)
     return {**info, "misa": {**asdict(config), "pooled_keys_bytes": size}}
 
 
@@ -280,6 +372,13 @@ def announce(config: MisaConfig, pooled_keys_bytes: int) -> None:
 
 
 def report_rows(state: GetInternalStateReqOutput, scheduler: Any, _) -> None:
-    """After `Scheduler.get_internal_state`: add what `metrics.ROWS` counted so far."""
-    if misa_config(scheduler.server_args) is not None:
-        state.internal_state["misa_rows"] = dict(ROWS.counts)
+    """After `Scheduler.get_internal_state`: add what `metrics.ROWS` and the audit counted so far."""
+    if misa_config(scheduler.server_args) is None:
+        return
+    state.internal_state["misa_rows"] = dict(ROWS.counts)
+    if AUDIT.interval:
+        AUDIT.collect(log=scheduler.metrics_reporter.is_stats_logging_rank)
+        state.internal_state["misa_audit"] = [
+            {"layer": layer_id, **asdict(counts)}
+            for layer_id, counts in sorted(AUDIT.layers.items())
+        ]

@@ -84,13 +84,15 @@ class MisaIndexer:
                 batch=batch,
                 topk=config.rerank_candidates,
             )
+            # Candidates are gathered row by row: there is nothing to share.
+            page_table, cu_rows = batch.by_row or (batch.page_table, batch.cu_rows)
             selection.indices = operations(q.device).rerank(
                 q=q,
                 weights=weights,
                 candidates=selection.indices,
                 index_k=index_k,
-                page_table=batch.page_table,
-                cu_rows=batch.cu_rows,
+                page_table=page_table,
+                cu_rows=cu_rows,
                 lengths=batch.lengths,
                 topk=self.topk,
                 **form,
@@ -106,9 +108,8 @@ class MisaIndexer:
                 topk=self.topk,
                 **form,
             )
-        # Decode routes all rows. Those that see at most topk tokens select all of them, whichever heads score.
-        least = config.min_context if batch.bounds is None else batch.bounds[0]
-        if least >= config.min_context or config.min_context <= self.topk + 1:
+        # Decode routes all rows.
+        if batch.bounds is None or batch.bounds[0] >= config.dense_below(self.topk):
             return selection
 
         # Rows that see too few tokens are not a contiguous part of the batch. All rows are scored again, as if none saw
@@ -145,7 +146,7 @@ class MisaIndexer:
                 "weights": weights,
                 "index_k": index_k,
                 "page_table": batch.page_table,
-                "rows_per_seq": 1,
+                "rows_per_seq": batch.rows_per_seq,
                 "lengths": batch.lengths,
                 "active_heads": config.active_heads,
                 "topk": topk,
@@ -207,7 +208,7 @@ class MisaIndexer:
                 heads=heads,
                 index_k=index_k,
                 page_table=batch.page_table,
-                rows_per_seq=1,
+                rows_per_seq=batch.rows_per_seq,
                 lengths=batch.lengths,
                 topk=topk,
                 **form,

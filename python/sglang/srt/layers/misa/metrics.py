@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Dict
 
+from sglang.srt.layers.misa.audit import Counts
 from sglang.srt.layers.misa.config import MisaConfig
 
 if TYPE_CHECKING:
@@ -15,8 +16,10 @@ class RowCounts:
 
     Attributes:
         counts: rows that MISA routed ("misa"), that all heads scored in a batch of MISA's ("all_heads"), and of batches that
-            were left to SGLang's own indexer ("dsa"). What a CUDA graph replays, decode that is, passes no Python and is not
-            counted: all of it goes where --misa-decode says.
+            were left to SGLang's own indexer ("dsa"). What a CUDA graph replays, decode and speculative verify that is, passes
+            no Python and is not counted: decode goes where --misa-decode says, and verify to MISA. Every rank of an attention
+            TP group counts all rows, whoever of them selected; with context parallelism a rank counts its own, one in as many
+            as there are ranks.
     """
 
     def __init__(self) -> None:
@@ -87,3 +90,51 @@ def export(config: MisaConfig, pooled_keys_bytes: int, labels: Dict[str, str]) -
     )
     gauge("pooled_keys_bytes", "The size of the pooled keys.", pooled_keys_bytes)
     ROWS.export(labels)
+
+
+class AuditMetrics:
+    """What `audit` counts, by layer, with the labels of the scheduler's other metrics."""
+
+    def __init__(self, labels: Dict[str, str]):
+        from prometheus_client import Counter, Gauge
+
+        def gauge(name: str, documentation: str) -> Gauge:
+            return Gauge(
+                name=f"sglang:misa_audit_{name}",
+                documentation=documentation,
+                labelnames=[*labels, "layer"],
+                multiprocess_mode="mostrecent",
+            )
+
+        self._labels = labels
+        self._recall = gauge(
+            "recall",
+            "The share of what all heads select that MISA selected, in the last audit.",
+        )
+        self._heads = gauge(
+            "heads", "The heads of the layer that were routed in any audited row."
+        )
+        self._busiest = gauge(
+            "busiest_head",
+            "The share of the audited rows in which the layer's most used head was routed.",
+        )
+        self._rows = Counter(
+            name="sglang:misa_audit_rows_total",
+            documentation="Rows that all heads selected for as well.",
+            labelnames=[*labels, "layer"],
+        )
+        self._tokens = Counter(
+            name="sglang:misa_audit_tokens_total",
+            documentation="Tokens that all heads select, by whether MISA selected or missed them.",
+            labelnames=[*labels, "layer", "misa"],
+        )
+
+    def export(self, layer_id: int, last: Counts, total: Counts) -> None:
+        """Export a layer's last audit, and the heads of all."""
+        own = {**self._labels, "layer": str(layer_id)}
+        self._recall.labels(**own).set(last.recall)
+        self._rows.labels(**own).inc(last.rows)
+        self._tokens.labels(**own, misa="selected").inc(last.selected)
+        self._tokens.labels(**own, misa="missed").inc(last.tokens - last.selected)
+        self._heads.labels(**own).set(sum(rows > 0 for rows in total.heads))
+        self._busiest.labels(**own).set(max(total.heads) / total.rows)

@@ -6,10 +6,14 @@ from sglang.srt.plugins.hook_registry import HookType
 
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer"
+REPORTER = (
+    "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
+)
 POOL = "sglang.srt.mem_cache.memory_pool.DSATokenToKVPool"
 
 PLUGIN_ARGUMENTS = "server arguments that plugins can declare"
 INDEXER_BACKENDS = "a choice of indexer backend, as there is one of attention backends"
+REPORTS = "a plugin can add to a server's information, and to its log and its metrics"
 POOL_BUFFERS = "buffers of a pool, a row a page, that others can declare, counted and freed with its own"
 
 PATCHES = (
@@ -45,7 +49,7 @@ PATCHES = (
         f"{INDEXER}._get_topk_paged",
         HookType.AROUND,
         hooks.select_paged,
-        "selects in decode",
+        "selects in decode and in speculative verify",
         INDEXER_BACKENDS,
     ),
     Patch(
@@ -101,7 +105,28 @@ PATCHES = (
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
         HookType.AFTER,
         hooks.report_rows,
-        "adds the counts of rows to the server's information",
-        "a plugin can add to a server's information",
+        "adds the counts of rows and of audits to the server's information",
+        REPORTS,
+    ),
+    Patch(
+        f"{REPORTER}.report_prefill_stats",
+        HookType.AFTER,
+        hooks.report_audits,
+        "logs and exports what audits found, behind SGLang's own line",
+        REPORTS,
+    ),
+    Patch(
+        f"{REPORTER}.report_decode_stats",
+        HookType.AFTER,
+        hooks.report_audits,
+        "the same in decode",
+        REPORTS,
+    ),
+    Patch(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",
+        HookType.AROUND,
+        hooks.audited_outside_of_the_graph,
+        "runs an audited decode step eagerly",
+        "a plugin can say which steps run eagerly",
     ),
 )

@@ -106,14 +106,30 @@ def check_engaged() -> None:
         )
 
 
+def indexers(model: torch.nn.Module) -> List[Indexer]:
+    """The DSA indexers of a model."""
+    return [module for module in model.modules() if isinstance(module, Indexer)]
+
+
 def check_objects(model: torch.nn.Module, pool: Optional[Any]) -> None:
     """Check that the hooks run in a model's indexers, and in its KV pool if that is to have pooled keys, whatever their classes.
 
     Raises:
-        RuntimeError: a class between the object and the hooked one has a method of its own.
+        RuntimeError: a class between the object and the hooked one has a method of its own, or is another indexer's.
     """
-    indexers = [module for module in model.modules() if isinstance(module, Indexer)]
-    if not indexers:
+    found = indexers(model)
+    # By their name: SGLang's newer ones (IndexerKPool, C4Indexer) have no base in common with this one.
+    others = {
+        type(module).__name__
+        for module in model.modules()
+        if "Indexer" in type(module).__name__ and not isinstance(module, Indexer)
+    }
+    if others:
+        raise RuntimeError(
+            f"--enable-misa: {type(model).__name__} has indexers of the class {', '.join(sorted(others))}, which MISA does "
+            "not route; drop --enable-misa."
+        )
+    if not found:
         raise RuntimeError(
             f"--enable-misa: {type(model).__name__} has no DSA indexer to route."
         )
@@ -121,7 +137,7 @@ def check_objects(model: torch.nn.Module, pool: Optional[Any]) -> None:
         raise RuntimeError(
             f"--enable-misa: a {type(pool).__name__} has no room for pooled keys."
         )
-    for instance in indexers if pool is None else (pool, *indexers):
+    for instance in found if pool is None else (pool, *found):
         for patch in _registered:
             owner, name = patch.owner()
             if not isinstance(owner, type) or not isinstance(instance, owner):

@@ -70,7 +70,7 @@ def to_output(
         return selected
     if output == "slots":
         rows = torch.arange(len(selected), device=selected.device)
-        sequence = torch.bucketize(rows, cu_rows[1:], right=True)
+        sequence = torch.bucketize(rows, cu_rows[1:].contiguous(), right=True)
         page = page_table[sequence[:, None], (selected // PAGE_SIZE).clamp(min=0)]
         indices = page * PAGE_SIZE + selected % PAGE_SIZE
     elif output == "ragged":

@@ -73,14 +73,19 @@ class MisaArguments(_Behind):
     ] = None
     misa_min_context: A[
         Optional[int],
-        f"Score prompt tokens that see fewer tokens than this with all heads, by SGLang's own indexer where no token of a batch sees as many. By default, on a GPU and with candidates to re-rank, {DEFAULT_MIN_CONTEXT[64]} with 64 indexer heads and {DEFAULT_MIN_CONTEXT[32]} with 32; otherwise 0. Applies to prefill only: in decode, lengths are not known to the host.",
+        f"Score prompt tokens that see fewer tokens than this with all heads, by SGLang's own indexer where no token of a batch sees as many. By default, on a GPU and with candidates to re-rank, {DEFAULT_MIN_CONTEXT[64]} with 64 indexer heads and {DEFAULT_MIN_CONTEXT[32]} with 32; otherwise 0. Applies to prefill only: in decode and in speculative verify, lengths are not known to the host.",
         NS("exec.kernel"),
     ] = None
     misa_decode: A[
         DECODES,
-        "What selects in decode: 'dsa' is SGLang's own indexer, with all heads, for reading the keys is the cost there, and fewer heads save none of it; 'misa' routes as prefill does.",
+        "What selects in decode of one row a sequence, a draft model's included: 'dsa' is SGLang's own indexer, with all heads, for reading the keys is the cost there, and fewer heads save none of it; 'misa' routes as prefill does. Where a sequence has several rows, in speculative verify and draft extend, which share what reading its keys costs, MISA selects in either case.",
         NS("exec.kernel"),
     ] = "dsa"
+    misa_audit_interval: A[
+        int,
+        "Every so many forward steps, select some routed rows of a prompt by all heads as well, and log and export what MISA missed (see --enable-metrics); 0 is never. With --misa-decode misa and without speculative decoding, decode is audited too, in steps that then run outside of the CUDA graph.",
+        NS("exec.kernel"),
+    ] = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -203,20 +208,41 @@ REFUSALS = (
         "--enable-misa does not support Ray: SGLang loads no plugins in its actors; drop --use-ray.",
     ),
     Refusal(
-        lambda args: args.attn_cp_size > 1 or args.enable_dsa_prefill_context_parallel,
-        "--enable-misa does not support context parallelism; drop --attn-cp-size and the prefill context-parallel flags.",
+        lambda args: _context_parallel(args) and args.misa_router == "pooled",
+        "--enable-misa with --misa-router pooled does not support context parallelism; use --misa-router sampled, or drop --enable-prefill-cp and --attn-cp-size.",
+    ),
+    Refusal(
+        lambda args: _context_parallel(args) and not _deals_rows_out(args),
+        "--enable-misa supports context parallelism by --enable-prefill-cp --cp-strategy interleave (round-robin-split) only; use these, or drop --attn-cp-size, --enable-prefill-cp and --cp-strategy zigzag (in-seq-split).",
     ),
     Refusal(
         lambda args: args.dcp_size > 1,
         "--enable-misa does not support decode context parallelism; drop --dcp-size.",
     ),
+    # Index K goes wherever the KV cache does. Page means would have to be computed anew where it arrives.
     Refusal(
-        lambda args: args.disaggregation_mode != "null",
-        "--enable-misa does not support PD disaggregation yet; drop --disaggregation-mode.",
+        lambda args: args.misa_router == "pooled"
+        and args.disaggregation_mode != "null",
+        "--enable-misa with --misa-router pooled does not support PD disaggregation, which sends no page means; drop --misa-router or --disaggregation-mode.",
     ),
     Refusal(
-        lambda args: args.enable_hierarchical_cache,
-        "--enable-misa does not support HiCache yet; drop --enable-hierarchical-cache.",
+        lambda args: args.misa_router == "pooled" and args.enable_hierarchical_cache,
+        "--enable-misa with --misa-router pooled does not support HiCache, which restores no page means; drop --misa-router or --enable-hierarchical-cache.",
+    ),
+    # What SGLang 0.5.17 leaves behind itself.
+    Refusal(
+        lambda args: args.enable_hierarchical_cache
+        and args.speculative_algorithm is not None,
+        "--enable-misa does not support HiCache with speculative decoding, for SGLang does not restore the draft's index K; drop --enable-hierarchical-cache or --speculative-algorithm.",
+    ),
+    Refusal(
+        lambda args: args.enable_hierarchical_cache
+        and args.disaggregation_mode == "decode",
+        "--enable-misa does not support HiCache in a decode server, where SGLang never ends the load of a DSA model's prefix; drop --enable-hierarchical-cache there.",
+    ),
+    Refusal(
+        lambda args: args.disaggregation_decode_enable_offload_kvcache,
+        "--enable-misa does not support the offload of a decode server's KV cache, which leaves index K behind; drop --disaggregation-decode-enable-offload-kvcache.",
     ),
     Refusal(
         lambda args: args.enable_lmcache or args.enable_flexkv,
@@ -231,8 +257,17 @@ REFUSALS = (
         "--enable-misa does not support the DSA cache layer split; drop --enable-dsa-cache-layer-split.",
     ),
     Refusal(
-        lambda args: args.speculative_algorithm is not None,
-        "--enable-misa does not support speculative decoding yet; drop --speculative-algorithm.",
+        lambda args: args.speculative_algorithm not in (None, "EAGLE"),
+        "--enable-misa supports speculative decoding with the model's own NextN layer only; set --speculative-algorithm to EAGLE or drop it.",
+    ),
+    Refusal(
+        lambda args: args.speculative_algorithm is not None
+        and args.enable_multi_layer_eagle,
+        "--enable-misa supports speculative decoding with a single NextN layer; drop --enable-multi-layer-eagle.",
+    ),
+    Refusal(
+        lambda args: args.speculative_draft_attention_backend not in (None, "dsa"),
+        "--enable-misa needs the dsa attention backend for the draft model too; drop --speculative-draft-attention-backend.",
     ),
     Refusal(
         lambda args: args.page_size != PAGE_SIZE,
@@ -270,12 +305,24 @@ REFUSALS = (
         and bool(args.misa_rerank_candidates or args.misa_min_context),
         f"--enable-misa with {EVAL_SELECTION} has a single stage; drop --misa-rerank-candidates and --misa-min-context.",
     ),
+    Refusal(
+        lambda args: _eval_selection() is not None and args.misa_audit_interval > 0,
+        f"--enable-misa with {EVAL_SELECTION} has nothing to audit; drop --misa-audit-interval.",
+    ),
 )
+
+
+def _context_parallel(args: MisaArguments) -> bool:
+    return args.attn_cp_size > 1 or args.enable_prefill_cp
+
+
+def _deals_rows_out(args: MisaArguments) -> bool:
+    return args.enable_prefill_cp and args.cp_strategy == "interleave"
 
 
 def _selects_in_cuda_graphs(args: MisaArguments) -> bool:
     graphs = [args.cuda_graph_config.prefill]
-    if args.misa_decode == "misa":
+    if args.misa_decode == "misa" or args.speculative_algorithm is not None:
         graphs.append(args.cuda_graph_config.decode)
     return any(graph.backend != Backend.DISABLED for graph in graphs)
 
@@ -353,6 +400,15 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
         raise ValueError(
             f"--misa-min-context {args.misa_min_context} is negative; use 0 to route every prompt token."
         )
+    if args.misa_audit_interval < 0:
+        raise ValueError(
+            f"--misa-audit-interval {args.misa_audit_interval} is negative; use 0 to audit nothing."
+        )
+    if args.misa_audit_interval and args.misa_active_heads >= num_heads:
+        raise ValueError(
+            f"--misa-audit-interval {args.misa_audit_interval} compares with all heads, and those of --misa-active-heads "
+            f"{args.misa_active_heads} are all; drop --misa-audit-interval."
+        )
 
 
 def _check_block_size(args: MisaArguments) -> None:
@@ -389,6 +445,12 @@ def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
     if topk % kernels.TOPK_MULTIPLE or topk > kernels.MAX_TOPK:
         raise ValueError(
             f"--enable-misa: index_topk={topk} of {args.model_path} is not {limit}; drop --enable-misa."
+        )
+    rows = args.max_speculative_num_draft_tokens
+    if rows is not None and rows > kernels.MAX_ROWS:
+        raise ValueError(
+            f"--speculative-num-draft-tokens {rows} is more than the {kernels.MAX_ROWS} rows a sequence that --enable-misa "
+            f"has kernels for; use at most {kernels.MAX_ROWS}."
         )
     candidates = _rerank_candidates(args)
     if candidates % kernels.TOPK_MULTIPLE or candidates > kernels.MAX_TOPK:

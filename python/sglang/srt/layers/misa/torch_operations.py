@@ -39,6 +39,8 @@ from sglang.srt.layers.misa.reference import (
 )
 from sglang.srt.layers.misa.selection import positions, to_output, topk_mask
 
+MAX_ROWS = 8  # of a sequence in decode, as of the kernels
+
 # Rows are taken in chunks whose temporaries fit in this much memory.
 WORKSPACE_BYTES = 256 << 20
 _BYTES_PER_SCORE = 48  # float64 and float32 scores, masks, int64 ranks
@@ -168,7 +170,9 @@ def topk_decode(
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """The same where every sequence has `rows_per_seq` rows and the host need not know the lengths."""
+    """The same where every sequence has `rows_per_seq` rows, 1 to MAX_ROWS, and the host need not know the lengths."""
+    if not 1 <= rows_per_seq <= MAX_ROWS:
+        raise ValueError(f"rows_per_seq must be 1 to {MAX_ROWS}, not {rows_per_seq}")
     if len(q) != len(page_table) * rows_per_seq:
         raise ValueError(f"{len(q)} rows are not {rows_per_seq} rows a sequence")
     return topk_prefill(
@@ -317,15 +321,15 @@ def _select(
     shared_q, shared_scale = shared
     selected = q.new_full((len(q), topk), -1, dtype=torch.int32)
     for sequence, rows, tokens in _chunks(q.shape[1], cu_rows, lengths):
-        keys, scales = read_pages(
-            index_k, page_table[sequence, : -(-tokens // PAGE_SIZE)]
-        )
-        of_rows = [None if x is None else x[rows] for x in (shared_q, shared_scale)]
-        scores = token_scores(
-            q[rows], weights[rows], keys[:tokens], scales[:tokens], *of_rows
-        )
-        scores = force(scores, lengths[rows], **forced)
-        mask = topk_mask(scores, allowed(rows, tokens), topk)
+        mask = allowed(rows, tokens)
+        # Otherwise all are selected, whatever they score.
+        if tokens > topk:
+            pages = page_table[sequence, : -(-tokens // PAGE_SIZE)]
+            keys, scales = (x[:tokens] for x in read_pages(index_k, pages))
+            of_rows = [None if x is None else x[rows] for x in (shared_q, shared_scale)]
+            scores = token_scores(q[rows], weights[rows], keys, scales, *of_rows)
+            scores = force(scores, lengths[rows], **forced)
+            mask = topk_mask(scores, mask, topk)
         selected[rows] = positions(mask, topk)
     return to_output(selected, output, page_table, cu_rows, offsets)
 

@@ -38,6 +38,7 @@ class Recorder:
         *,
         layer_id: int,
         rid: str,
+        draft: bool,
         decode: bool,
         router: Optional[str],
         q: torch.Tensor,
@@ -54,8 +55,9 @@ class Recorder:
         """Save the rows of one sequence with the keys that they see.
 
         Args are those of `MisaIndexer.select` and the parts of its result, with the rows and the page table of the sequence,
-        whether it is `decode`, and MISA's `router`, None where SGLang's own indexer selected. The record holds the keys, scales and page means in the
-        order of the sequence, up to the longest row, instead of the caches.
+        whether the layer is the `draft` model's, whether it is `decode`, in the sense of `Batch`, and MISA's `router`, None
+        where SGLang's own indexer selected. The record holds the keys, scales and page means in the order of the sequence, up
+        to the longest row, instead of the caches.
         """
         tokens = int(lengths.max())
         pages = page_table[: -(-tokens // PAGE_SIZE)].long()
@@ -63,6 +65,7 @@ class Recorder:
         record = {
             "layer_id": layer_id,
             "rid": rid,
+            "draft": draft,
             "decode": decode,
             "router": router,
             "q": q,

@@ -15,6 +15,7 @@ from sglang.srt.layers.misa.batch import (
     attention_output,
     decode_batch,
     extend_batch,
+    extend_rids,
 )
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation.capture import Recorder
@@ -36,8 +37,8 @@ class OtherSelection:
 
     def __init__(self, name: str):
         self.name = name
-        # Each layer's heaviest heads, once there are any.
-        self.heaviest: Dict[int, torch.Tensor] = {}
+        # The heaviest heads of each layer of the draft model (True) and of the target model, once there are any.
+        self.heaviest: Dict[bool, Dict[int, torch.Tensor]] = {False: {}, True: {}}
         # The batch of the last selection that is free, which is so in all layers but the first.
         self.selected: Optional[Tuple[ForwardBatch, Selection]] = None
 
@@ -58,7 +59,7 @@ class OtherSelection:
             topk=call.topk,
             forced=call.forced,
             layer_id=call.layer_id,
-            heaviest=self.heaviest,
+            heaviest=self.heaviest[call.draft],
         )
         tensors = call.tensors(len(batch.lengths))
         selection = indexer.select(
@@ -67,6 +68,9 @@ class OtherSelection:
         if self.name == "free":
             self.selected = call.forward_batch, selection
         return selection
+
+    def sharing(self, batch: Batch) -> None:
+        """In place of `misa.hooks.sharing`: every rank selects for all rows, since the heaviest heads are those of the first rows."""
 
     def announce(self, config: MisaConfig, pooled_keys_bytes: int) -> None:
         """In place of `misa.hooks.announce`."""
@@ -123,12 +127,12 @@ class Recording:
     ) -> None:
         """After `Indexer._get_topk_ragged` (extend)."""
         call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-        self._record_dsa(call, extend_batch(metadata), result)
+        self._record_dsa(call, extend_batch(forward_batch, metadata), result)
 
     def after_paged(
         self, result, indexer, forward_batch, layer_id, q_fp8, weights, metadata
     ) -> None:
-        """After `Indexer._get_topk_paged` (decode)."""
+        """After `Indexer._get_topk_paged` (decode, target verify, draft extend)."""
         call = Call(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
         self._record_dsa(call, decode_batch(metadata), result)
 
@@ -156,9 +160,12 @@ class Recording:
         selection: Selection,
         router: Optional[str],
     ) -> None:
-        """Record every sequence's rows, those that all heads scored by themselves."""
+        """Record every request's rows, those that all heads scored by themselves."""
         pool = get_token_to_kv_pool()
-        for index, rows in batch.sequences():
+        decode, forward_batch = batch.bounds is None, call.forward_batch
+        rids = forward_batch.rids if decode else extend_rids(forward_batch)
+        # Sequences behind those of the requests are padding, of data parallelism.
+        for (index, rows), rid in zip(batch.sequences(), rids):
             routed = selection.heads, selection.shared_q, selection.shared_scale
             nothing = None, None, None
             parts = [(rows, routed)]
@@ -177,8 +184,9 @@ class Recording:
                 )
                 self.recorder.record(
                     layer_id=call.layer_id,
-                    rid=call.forward_batch.rids[index],
-                    decode=batch.bounds is None,
+                    rid=rid,
+                    draft=call.draft,
+                    decode=decode,
                     router=router,
                     q=call.q[part],
                     weights=call.weights[part].squeeze(-1),
@@ -197,9 +205,12 @@ class Recording:
     ) -> None:
         """After `DeepseekSparseAttnBackend.forward_extend`: record what the attention was given.
 
-        Nothing is recorded of dense attention, nor where the kernel rotates q itself or the latent cache is quantized.
+        Nothing is recorded of dense attention, nor where the kernel rotates q itself or the latent cache is quantized, nor of
+        speculative decoding and the draft model.
         """
         if q_rope is None or not _is_recorded(forward_batch):
+            return
+        if forward_batch.spec_info is not None:
             return
         if kwargs.get("cos_sin_cache") is not None:
             return
@@ -210,11 +221,12 @@ class Recording:
         parts = q.view(-1, heads, width), q_rope.view(-1, heads, layer.head_dim - width)
         q = torch.cat(parts, dim=-1)
         metadata = backend.get_indexer_metadata(layer.layer_id, forward_batch)
-        batch = extend_batch(metadata)
-        for index, rows in batch.sequences():
+        batch = extend_batch(forward_batch, metadata)
+        sequences = zip(batch.sequences(), extend_rids(forward_batch))
+        for (index, rows), rid in sequences:
             self.recorder.record_attention(
                 layer_id=layer.layer_id,
-                rid=forward_batch.rids[index],
+                rid=rid,
                 q=q[rows],
                 lengths=batch.lengths[rows],
                 latent=latent,

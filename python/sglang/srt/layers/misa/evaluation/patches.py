@@ -35,6 +35,13 @@ def _of_selection(name: str) -> List[Patch]:
             NEVER,
         ),
         Patch(
+            f"{MISA}.sharing",
+            HookType.REPLACE,
+            other.sharing,
+            "has every rank select for all rows",
+            NEVER,
+        ),
+        Patch(
             f"{MISA}.announce",
             HookType.REPLACE,
             other.announce,
