@@ -36,11 +36,11 @@ def version_of_module(name: str) -> str | None:
         return None
 
 
-def default_output(device: str) -> Path:
-    """results/indexer_<gpu>.json, <gpu> being h100 of "NVIDIA H100 80GB HBM3"."""
+def default_output(device: str, what: str = "indexer") -> Path:
+    """results/<what>_<gpu>.json, <gpu> being h100 of "NVIDIA H100 80GB HBM3"."""
     known = re.search(r"\b([A-Z]+\d+)\b", device)
     gpu = known.group(1) if known else re.sub(r"\W+", "-", device)
-    return RESULTS / f"indexer_{gpu.lower()}.json"
+    return RESULTS / f"{what}_{gpu.lower()}.json"
 
 
 def write(records: list, path: Path) -> None:

@@ -18,6 +18,8 @@ from sglang.srt.layers.misa.testing.inputs import KINDS, make_inputs
 from sglang_misa.client import Client
 
 TOPK, HEADS = 128, 3
+# Those that look at scores.
+SCORED = [name for name in SELECTIONS if name != "free"]
 
 
 def by_heads(inputs, heads, **forced):
@@ -68,7 +70,7 @@ def batch_of(sequences):
     return q, torch.cat([x.weights for x in sequences]), index_k, batch
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("name", SCORED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_selects_as_defined(name, kind, monkeypatch):
     # Some rows at a time, so that rows of a sequence are not all in one chunk.
@@ -91,7 +93,7 @@ def test_selects_as_defined(name, kind, monkeypatch):
     assert torch.equal(slots, wanted)
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("name", SCORED)
 def test_forced_tokens(name):
     inputs = make_inputs("random", 4, 8, 700)
     q, weights, index_k, batch = batch_of([inputs])
@@ -101,6 +103,29 @@ def test_forced_tokens(name):
     wanted = expected(name, inputs, **forced)
     assert torch.equal(selection.indices.long(), wanted)
     assert not torch.equal(wanted, expected(name, inputs))
+
+
+def test_what_is_free():
+    sequences = [make_inputs("random", 9, 8, length) for length in (8900, TOPK, 70)]
+    q, weights, index_k, batch = batch_of(sequences)
+    indexer = EvaluationIndexer("free", HEADS, TOPK, {}, 0)
+    found = indexer.select(q, weights, index_k, None, batch)
+    assert found.heads is None and found.indices.dtype == torch.int32
+    for chosen, length in zip(found.indices, batch.lengths.tolist()):
+        count = min(length, TOPK)
+        assert (chosen[count:] == -1).all()
+        assert (chosen[:count].diff() > 0).all()
+        assert 0 <= chosen[0] and chosen[count - 1] < length
+        # Every stretch has one.
+        places = torch.arange(count + 1) * length // count
+        assert (places[:-1] <= chosen[:count]).all()
+        assert (chosen[:count] < places[1:]).all()
+    # Neighbours do not choose alike: attention would find its keys in the L2 cache.
+    first, second = found.indices[:2]
+    assert len(set(first.tolist()) & set(second.tolist())) < TOPK / 4
+    slots = indexer.select(q, weights, index_k, None, batch, "slots").indices
+    wanted = to_output(found.indices, "slots", batch.page_table, batch.cu_rows)
+    assert torch.equal(slots, wanted)
 
 
 def test_heads_of_the_controls():
@@ -133,7 +158,7 @@ def test_the_heaviest_heads_stay():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("name", SCORED)
 def test_on_a_gpu_up_to_ties(name):
     inputs = make_inputs("random", 700, 64, 9000).to("cuda")
     q, weights, index_k, batch = batch_of([make_inputs("random", 700, 64, 9000)])

@@ -10,5 +10,6 @@ SELECTIONS = {
     "random-heads": "--misa-active-heads other heads for every query, by chance",
     "random-heads-shared": "the shared head beside other heads than the routed ones for every query, by chance",
     "half-slopes": "the sampled router's heads, and a shared head that takes 1/2 for the slope of every head",
+    "free": "a token of each stretch of the prefix by chance, without a look at the scores: what selection costs at least",
     "heaviest-heads": "the --misa-active-heads of the largest average weight, the same for all queries",
 }

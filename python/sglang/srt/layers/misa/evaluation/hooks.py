@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 
@@ -39,6 +39,8 @@ class OtherSelection:
         self.name = name
         # The heaviest heads of each layer of the draft model (True) and of the target model, once there are any.
         self.heaviest: Dict[bool, Dict[int, torch.Tensor]] = {False: {}, True: {}}
+        # The batch of the last selection that is free, which is so in all layers but the first.
+        self.selected: Optional[Tuple[ForwardBatch, Selection]] = None
 
     def select(
         self,
@@ -49,6 +51,8 @@ class OtherSelection:
         offsets: Optional[torch.Tensor],
     ) -> Selection:
         """In place of `misa.hooks.select`."""
+        if self.selected and self.selected[0] is call.forward_batch:
+            return self.selected[1]
         indexer = EvaluationIndexer(
             name=self.name,
             active_heads=config.active_heads,
@@ -58,7 +62,12 @@ class OtherSelection:
             heaviest=self.heaviest[call.draft],
         )
         tensors = call.tensors(len(batch.lengths))
-        return indexer.select(**tensors, batch=batch, output=output, offsets=offsets)
+        selection = indexer.select(
+            **tensors, batch=batch, output=output, offsets=offsets
+        )
+        if self.name == "free":
+            self.selected = call.forward_batch, selection
+        return selection
 
     def sharing(self, batch: Batch) -> None:
         """In place of `misa.hooks.sharing`: every rank selects for all rows, since the heaviest heads are those of the first rows."""

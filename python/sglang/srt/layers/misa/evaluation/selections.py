@@ -46,6 +46,25 @@ def heaviest_heads(weights: torch.Tensor, count: int) -> torch.Tensor:
     return reference.best_heads(weights.abs().mean(0, keepdim=True), count)[0]
 
 
+def stretches(lengths: torch.Tensor, topk: int) -> torch.Tensor:
+    """One token by chance of each of `topk` equal stretches of a row's prefix; all tokens where there are no more.
+
+    Args:
+        lengths: int [T], tokens visible to each row.
+
+    Returns:
+        int32 [T, topk], ascending, -1 behind the last.
+    """
+    length = lengths.long()[:, None]
+    places = torch.arange(topk + 1, device=lengths.device)
+    edges = places * length // topk
+    # A hash of the row and the stretch, 0 to 65535, stands for a draw.
+    draws = (length * 40503 + places[:-1] * 60493) % 65521 * 30011 % 65521
+    chosen = edges[:, :-1] + (draws * edges.diff(dim=1) >> 16)
+    few = places[:-1].where(places[:-1] < length, -1)
+    return chosen.where(length > topk, few).int()
+
+
 def token_scores(q, weights, k, k_scale, *shared) -> torch.Tensor:
     """`reference.token_scores` of FP8 values; on a GPU their products, which bfloat16 holds exactly, add up in float32."""
     if q.device.type == "cpu":
@@ -88,6 +107,9 @@ class EvaluationIndexer:
         offsets: Optional[torch.Tensor] = None,
     ) -> Selection:
         """Select for all rows of a batch; see `MisaIndexer.select`."""
+        form = output, batch.page_table, batch.cu_rows, offsets
+        if self.name == "free":
+            return Selection(to_output(stretches(batch.lengths, self.topk), *form))
         heads, lengths = self._heads(weights, batch.lengths), batch.lengths.tolist()
         shared: Tuple[torch.Tensor, ...] = ()
         if self.name in WITH_SHARED_HEAD:
@@ -118,7 +140,6 @@ class EvaluationIndexer:
                 scores = reference.force(scores, seen, **self.forced)
                 mask = topk_mask(scores, allowed, self.topk)
                 selected[chunk] = positions(mask, self.topk)
-        form = output, batch.page_table, batch.cu_rows, offsets
         heads = None if heads is None else heads.int()
         return Selection(to_output(selected, *form), heads, *shared)
 

@@ -1,0 +1,123 @@
+"""Draws what bench_serving_misa.py wrote, a row of four plots for each model, into a PNG beside it.
+
+Time to first token and time per output token over the context, at the least concurrency; throughput over the heads that score; and
+throughput a GPU against what a user sees, tokens a second, a line for each variant over the concurrency.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Dict, List
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from serving.configurations import BASELINE
+from serving.records import THROUGHPUT, label, served
+
+
+def usual(records: List[Dict], name: str):
+    """The most frequent value of a field."""
+    values = [record[name] for record in records]
+    return max(values, key=values.count)
+
+
+def draw_over_context(axes, records: List[Dict], name: str, title: str) -> None:
+    """Lines over the context, at the least concurrency and the usual output, nothing cached."""
+    least = min(record["concurrency"] for record in records)
+    output = usual(records, "output")
+    records = [
+        r for r in records if r["concurrency"] == least and r["output"] == output
+    ]
+    for variant in dict.fromkeys(map(label, records)):
+        mine = [r for r in records if label(r) == variant]
+        mine.sort(key=lambda r: r["context"])
+        axes.plot(
+            [r["context"] // 1024 for r in mine],
+            [r[name] for r in mine],
+            "o-",
+            label=variant,
+        )
+    ticks = sorted({r["context"] // 1024 for r in records})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick}K" for tick in ticks])
+    axes.set_xlabel(f"prompt (tokens), {output} new ones, {least} at once")
+    axes.set_ylabel("ms")
+    axes.set_title(title)
+
+
+def draw_over_heads(axes, records: List[Dict]) -> None:
+    """Lines over the heads that score, at the longest context; DSA is a horizontal line."""
+    longest = max(record["context"] for record in records)
+    records = [r for r in records if r["context"] == longest]
+    output, most = usual(records, "output"), max(r["concurrency"] for r in records)
+    records = [r for r in records if r["output"] == output and r["concurrency"] == most]
+    for r in records:
+        if r["variant"] == BASELINE:
+            axes.axhline(r[THROUGHPUT], color="black", linewidth=1, label=label(r))
+    lines: Dict[str, List[Dict]] = {}
+    for r in records:
+        if r["active_heads"]:
+            lines.setdefault(r["variant"], []).append(r)
+    for variant, mine in lines.items():
+        mine.sort(key=lambda r: r["active_heads"])
+        heads = [r["active_heads"] for r in mine]
+        axes.plot(heads, [r[THROUGHPUT] for r in mine], "o-", label=variant)
+    ticks = sorted({r["active_heads"] for r in records if r["active_heads"]})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xlabel("heads that score")
+    axes.set_ylabel("tokens/s a GPU, in and out")
+    axes.set_title(f"throughput, {longest // 1024}K / {output}, {most} at once")
+
+
+def draw_pareto(axes, records: List[Dict]) -> None:
+    """A line for each variant over the concurrency, at the longest context."""
+    longest = max(record["context"] for record in records)
+    records = [r for r in records if r["context"] == longest and r["tpot_ms"]]
+    for variant in dict.fromkeys(map(label, records)):
+        mine = [r for r in records if label(r) == variant]
+        mine.sort(key=lambda r: r["concurrency"])
+        x = [1000 / r["tpot_ms"] for r in mine]
+        axes.plot(x, [r[THROUGHPUT] for r in mine], "o-", label=variant)
+    axes.set_xlabel("output tokens/s of a user")
+    axes.set_ylabel("tokens/s a GPU, in and out")
+    axes.set_title(f"interactivity and throughput, {longest // 1024}K")
+
+
+def draw(records: List[Dict], output: Path) -> None:
+    records = [record for record in records if not record["cache_hit"]]
+    models = list(dict.fromkeys(map(served, records)))
+    figure, rows = plt.subplots(
+        len(models), 4, figsize=(22, 5 * len(models)), squeeze=False
+    )
+    for model, row in zip(models, rows):
+        mine = [record for record in records if served(record) == model]
+        draw_over_context(row[0], mine, "ttft_ms", f"{model}: time to first token")
+        draw_over_context(row[1], mine, "tpot_ms", "time per output token")
+        draw_over_heads(row[2], mine)
+        draw_pareto(row[3], mine)
+        for axes in row:
+            axes.set_ylim(bottom=0)
+            axes.grid(axis="y", alpha=0.3)
+            axes.legend(fontsize=7)
+    figure.suptitle(f"Serving on {records[0]['device']}")
+    figure.tight_layout()
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", type=Path, help="benchmark/results/serving_<gpu>.json")
+    parser.add_argument("--output", type=Path, help="default: the same name, .png")
+    args = parser.parse_args()
+    output = args.output or args.json.with_suffix(".png")
+    draw(json.loads(args.json.read_text()), output)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
