@@ -21,8 +21,6 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from indexer import report
-from tqdm import tqdm
-
 from serving import records
 from serving.client import measure, warm_up
 from serving.configurations import (
@@ -36,6 +34,8 @@ from serving.configurations import (
 )
 from serving.memory import used_bytes, watched
 from serving.profile import profile, show
+from tqdm import tqdm
+
 from sglang_misa.client import Client
 from sglang_misa.server import launch, reserved_port
 

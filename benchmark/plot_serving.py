@@ -13,7 +13,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
 from serving.configurations import BASELINE
 from serving.records import THROUGHPUT, label, served
 

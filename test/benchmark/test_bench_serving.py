@@ -9,8 +9,6 @@ from types import SimpleNamespace
 import bench_serving_misa
 import pytest
 import torch
-from slice_model import NAMES, make_config, make_parts, write_slice
-
 from serving import records
 from serving.client import check_cached
 from serving.configurations import (
@@ -23,6 +21,7 @@ from serving.configurations import (
     parse_sweep,
 )
 from serving.profile import DECODE_STEPS, part_of, profile, read_trace, show
+from slice_model import NAMES, make_config, make_parts, write_slice
 
 TOPK = 256
 # A slice that a CPU serves.
