@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Dict, Iterator, Optional
 
+from niah import DEPTHS
 from run_lm_eval import SUITES
 
 from sglang.srt.layers.misa.environment import CAPTURE_DIR, EVAL_SELECTION, SELECTIONS
@@ -79,7 +80,7 @@ def ask(args: argparse.Namespace, url: str) -> None:
     run(
         *("niah.py", "--url", url, "--haystack", args.text),
         *("--output", args.output / "niah.json", "--trials", args.trials),
-        *("--contexts", *args.contexts),
+        *("--contexts", *args.contexts, "--depths", *args.depths),
     )
     run(
         *("perplexity.py", "--url", url, "--text", args.text),
@@ -128,6 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--port", type=int, default=30000, help="of the servers")
     add("--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS)
     add("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    add("--depths", type=int, nargs="+", default=DEPTHS, help="of needles, in percent")
     add("--trials", type=int, default=10, help="needles of every context and depth")
     add("--windows", type=int, default=32, help="of perplexity, for every context")
     add("--scored", type=int, default=2048, help="tokens at the end of a window")

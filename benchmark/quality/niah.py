@@ -26,6 +26,7 @@ NEEDLE = "\nThe magic number of {key} is {value}.\n"
 QUESTION = "\nWhat is the magic number of {key}? The magic number of {key} is"
 ANSWER_TOKENS = 12
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+DEPTHS = range(0, 101, 10)  # percent of the text before a needle
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--haystack", type=Path, required=True, help="a text longer than any context")
     add("--output", type=Path, required=True, help="the result, JSON")
     add("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
-    add("--depths", type=int, nargs="+", default=list(range(0, 101, 10)))
+    add("--depths", type=int, nargs="+", default=DEPTHS)
     add("--needles", type=int, nargs="+", default=[1, 4])
     add("--trials", type=int, default=10, help="of every cell")
     add("--parallel", type=int, default=4, help="requests at once")

@@ -44,7 +44,7 @@ def test_variants_side_by_side(tiny_model, tmp_path):
     from sglang_cpu_engine.launch import FLAGS
 
     model, output = tiny_model("deepseek_v32", 2, TOPK), tmp_path / "quality"
-    options = "--variants dsa misa --contexts 640 --trials 1 --windows 2 --scored 64 "
+    options = "--variants dsa misa --contexts 640 --depths 0 50 --trials 1 --windows 2 --scored 64 "
     options += f"--recall-prompts 2 --topk {TOPK} --suite"
     server_args = (*FLAGS, "--max-total-tokens", "16384", "--skip-server-warmup")
     with reserved_port() as port:
