@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
@@ -20,7 +21,9 @@ from sglang.srt.layers.misa.config import (
     MisaConfig,
 )
 from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
+from sglang.srt.layers.misa.releases.installed import RELEASE
 from sglang.srt.server_args import ServerArgs
+from sglang.version import __version__ as sglang_version
 from sglang_misa.server import server_env
 
 pytestmark = pytest.mark.skipif(
@@ -45,8 +48,8 @@ def model(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def parse(model):
-    """parse(flags) -> the resolved arguments of a server with the tiny model."""
+def parse_off(model):
+    """parse_off(flags) -> the resolved arguments of a server with the tiny model, without --enable-misa."""
     from sglang_cpu_engine.launch import FLAGS
 
     from sglang.srt.plugins import load_plugins
@@ -54,9 +57,18 @@ def parse(model):
     load_plugins()
     from sglang.srt.server_args import prepare_server_args
 
-    return lambda flags="", path=model: prepare_server_args(
-        ["--model-path", path, *FLAGS, "--enable-misa", *flags.split()]
-    )
+    def resolved(flags="", path=model):
+        args = prepare_server_args(["--model-path", path, *FLAGS, *flags.split()])
+        RELEASE.resolve(args)
+        return args
+
+    return resolved
+
+
+@pytest.fixture(scope="module")
+def parse(parse_off):
+    """parse(flags) -> those of a server with --enable-misa."""
+    return lambda flags="", *path: parse_off(f"--enable-misa {flags}", *path)
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +180,9 @@ def test_no_such_choice(parse, name, capsys):
     assert f"--misa-{name}: invalid choice: 'best'" in capsys.readouterr().err
     # A program may hand over what the command line does not take.
     args = parse()
-    object.__setattr__(args, f"misa_{name}", "best")
+    values, *beside = RELEASE.state(args)
+    values = {**values, f"misa_{name}": "best"}
+    args = RELEASE.restored(type(args), values, *beside)
     message = refusal(module.check_misa_server_args, args)
     assert f"--misa-{name} best is not" in message and "drop" in message
 
@@ -199,11 +213,24 @@ def test_values_that_are_no_numbers(parse, flag, capsys):
 
 
 CP = "--tp-size 2 --enable-prefill-cp --cp-strategy"
+# Those of one release.
+COMBINATIONS_OF = {
+    "0.5.17": [
+        ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
+        (f"{CP} zigzag", "use these, or drop"),
+        (f"{CP} interleave --misa-router pooled", "use --misa-router sampled"),
+    ],
+    "0.5.23": [
+        (f"{CP} interleave", "drop --enable-prefill-cp"),
+        (
+            f"{chain(3)} --misa-decode misa --speculative-dsa-topk-backend flashinfer",
+            "drop --speculative-dsa-topk-backend flashinfer",
+        ),
+    ],
+}
 COMBINATIONS = [
+    *COMBINATIONS_OF[sglang_version],
     ("--use-ray", "drop --use-ray"),
-    ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
-    (f"{CP} zigzag", "use these, or drop"),
-    (f"{CP} interleave --misa-router pooled", "use --misa-router sampled"),
     ("--dcp-size 2 --tp-size 2", "drop --dcp-size"),
     (
         f"{POOLED} --disaggregation-mode prefill",
@@ -265,13 +292,37 @@ def test_unsupported_combinations(parse, flags, remedy):
     assert "--enable-misa" in message and remedy in message
 
 
+@pytest.mark.skipif(
+    sglang_version != "0.5.17", reason="refused with the other releases"
+)
 def test_context_parallelism_that_deals_rows_out(parse):
     args = parse(f"{CP} interleave")
-    assert args.attn_cp_size == 2 and args.misa_router == "sampled"
+    assert RELEASE.resolved(args).attn_cp_size == 2 and args.misa_router == "sampled"
 
 
+# SGLang itself changes or rejects these on a CPU before MISA sees them.
+SETTINGS_OF = {
+    "0.5.17": [],
+    "0.5.23": [
+        ("attn_cp_size", 2, "drop --enable-prefill-cp"),
+        ("enable_kv_cache_sharding", True, "drop --enable-kv-cache-sharding"),
+        (
+            "enable_unified_cache_external_linker",
+            True,
+            "drop --enable-unified-cache-external-linker",
+        ),
+        ("enable_linker_mla_dedup", True, "--enable-linker-mla-dedup"),
+        (
+            "disaggregation_decode_retraction_backup",
+            "host_pool",
+            "--disaggregation-decode-retraction-backup host_pool",
+        ),
+        ("enable_pd_role_switch", True, "drop --enable-pd-role-switch"),
+        ("enable_nvidia_megakernel", True, "drop --enable-nvidia-megakernel"),
+    ],
+}
 SETTINGS = [
-    # SGLang itself changes or rejects these on a CPU before MISA sees them.
+    *SETTINGS_OF[sglang_version],
     ("page_size", 32, "--page-size"),
     ("page_size", 128, "--page-size"),
     ("device", "npu", "NPU"),
@@ -283,8 +334,7 @@ SETTINGS = [
 @pytest.mark.parametrize("name, value, remedy", SETTINGS)
 def test_unsupported_settings(parse, name, value, remedy):
     args = parse()
-    # Resolved arguments are read-only.
-    object.__setattr__(args, name, value)
+    RELEASE.decide(args, **{name: value})
     message = refusal(module.check_misa_server_args, args)
     assert "--enable-misa" in message and remedy in message
 
@@ -337,13 +387,9 @@ def test_evaluation(parse, name, flags, remedy, monkeypatch):
         parse(flags)
 
 
-def test_evaluation_without_misa(model, monkeypatch):
-    from sglang_cpu_engine.launch import FLAGS
-
-    from sglang.srt.server_args import prepare_server_args
-
+def test_evaluation_without_misa(parse_off, monkeypatch):
     monkeypatch.setenv(EVAL_SELECTION, "hisa")
-    message = refusal(prepare_server_args, ["--model-path", model, *FLAGS])
+    message = refusal(parse_off)
     assert f"{EVAL_SELECTION} is set" in message
     assert "add --enable-misa" in message
 
@@ -355,7 +401,7 @@ def on_gpu(parse, monkeypatch):
 
     def resolve(*given):
         args = parse(*given)
-        object.__setattr__(args, "device", "cuda")
+        RELEASE.decide(args, device="cuda")
         return args
 
     return resolve
@@ -440,8 +486,8 @@ def test_models_that_the_kernels_do_not_take(on_gpu, tiny_model, tmp_path):
 
 def test_every_refusal_is_tested():
     remedies = [row[-1] for row in COMBINATIONS + SETTINGS + EVALUATIONS]
-    remedies += ["ROCm", "set SGLANG_USE_CPU_ENGINE=1"]
-    for refusal in module.REFUSALS:
+    remedies += ["ROCm", "set SGLANG_USE_CPU_ENGINE=1", "IndexerKPool"]
+    for refusal in (*RELEASE.REFUSALS, *module.REFUSALS):
         assert any(remedy in refusal.message for remedy in remedies), refusal
 
 
@@ -476,11 +522,44 @@ def test_a_model_without_dsa(parse, tiny_model, tmp_path):
 )
 def test_a_model_with_another_indexer(parse, architecture, monkeypatch):
     args = parse()
-    hf_config = copy.copy(args.get_model_config().hf_config)
+    hf_config = copy.copy(RELEASE.model_config(args).hf_config)
     hf_config.architectures = [architecture]
-    monkeypatch.setattr(args.get_model_config(), "hf_config", hf_config)
+    monkeypatch.setattr(RELEASE.model_config(args), "hf_config", hf_config)
     message = refusal(module.check_misa_server_args, args)
     assert f"({architecture}) is not; drop --enable-misa" in message
+
+
+# Their layers have SGLang's Indexer, whose heads the kernels may not have.
+SAME_INDEXER = {
+    "0.5.17": ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"],
+    "0.5.23": [
+        *("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "HYV4ForCausalLM"),
+        *("LongcatFlashForCausalLM", "Dots3NoteForCausalLM"),
+        *("MistralLarge3ForCausalLM", "PixtralForConditionalGeneration"),
+    ],
+}
+
+
+@pytest.mark.parametrize("architecture", SAME_INDEXER[sglang_version])
+def test_models_with_the_same_indexer(on_gpu, architecture, monkeypatch):
+    args = on_gpu()
+    hf_config = copy.copy(RELEASE.model_config(args).hf_config)
+    hf_config.architectures = [architecture]
+    monkeypatch.setattr(RELEASE.model_config(args), "hf_config", hf_config)
+    module.check_misa_server_args(args)
+    hf_config.index_n_heads = 16
+    message = refusal(module.check_misa_server_args, args)
+    assert "indexers of 32 or 64 heads, not for the 16 of" in message
+
+
+@pytest.mark.skipif(sglang_version == "0.5.17", reason="it has no such model")
+def test_a_model_that_pools_index_keys(parse, monkeypatch):
+    args = parse()
+    hf_config = copy.copy(RELEASE.model_config(args).hf_config)
+    hf_config.architectures = ["Glm5NextForConditionalGeneration"]
+    hf_config.index_kpool = 4
+    monkeypatch.setattr(RELEASE.model_config(args), "hf_config", hf_config)
+    assert "IndexerKPool" in refusal(module.check_misa_server_args, args)
 
 
 @pytest.mark.parametrize("name", ["index_n_heads", "index_topk"])
@@ -488,9 +567,9 @@ def test_a_model_with_another_indexer(parse, architecture, monkeypatch):
 def test_a_model_whose_config_is_wrong(parse, name, value, monkeypatch):
     """`None` stands for a config without the value too."""
     args = parse()
-    hf_config = copy.copy(args.get_model_config().hf_config)
+    hf_config = copy.copy(RELEASE.model_config(args).hf_config)
     setattr(hf_config, name, value)
-    monkeypatch.setattr(args.get_model_config(), "hf_config", hf_config)
+    monkeypatch.setattr(RELEASE.model_config(args), "hf_config", hf_config)
     # Without index_topk a model is none with DSA.
     monkeypatch.setattr(module, "is_deepseek_dsa", lambda _: True)
     message = refusal(module.check_misa_server_args, args)
@@ -512,24 +591,35 @@ def test_a_model_that_selects_less_than_a_page(parse, tiny_model, tmp_path):
     assert "index_topk=32" in refusal(parse, "", path)
 
 
-def test_without_misa_nothing_is_refused(model):
-    from sglang_cpu_engine.launch import FLAGS
-
-    from sglang.srt.server_args import prepare_server_args
-
-    args = prepare_server_args(
-        ["--model-path", model, *FLAGS, "--enable-hierarchical-cache"]
-    )
-    assert module.misa_config(args) is None
-    args = prepare_server_args(["--model-path", model, *FLAGS, "--misa-block-size=7"])
-    assert module.misa_config(args) is None
+def test_without_misa_nothing_is_refused(parse_off):
+    for flags in ("--enable-hierarchical-cache", "--misa-block-size=7"):
+        assert module.misa_config(parse_off(flags)) is None
 
 
 @dataclasses.dataclass
-class OtherArgs(ServerArgs):
-    """Another plugin's class."""
-
+class OtherFields:
     other: int = 3
+
+
+# Another plugin's class.
+OtherArgs = RELEASE.subclass(
+    "OtherArgs", (ServerArgs,), OtherFields, __module__=__name__
+)
+
+
+def replaced(args, **values):
+    """A new record with other values, resolved."""
+    if dataclasses.is_dataclass(args):
+        return dataclasses.replace(args, **values)
+    args = msgspec.structs.replace(args, **values)
+    args.resolve_once()
+    return args
+
+
+def given(args):
+    """What SGLang's own class was given."""
+    values = RELEASE.state(args)[0]
+    return {name: values[name] for name in RELEASE.field_names(ServerArgs)}
 
 
 def test_copies(parse, monkeypatch):
@@ -538,23 +628,23 @@ def test_copies(parse, monkeypatch):
     for copied in (
         copy.copy(args),
         copy.deepcopy(args),
-        dataclasses.replace(args, misa_router="pooled", misa_block_size=128),
+        replaced(args, misa_router="pooled", misa_block_size=128),
     ):
         assert type(copied) is type(args) and isinstance(copied, ServerArgs)
         assert module.misa_config(copied).active_heads == 4
     monkeypatch.setattr(process, "requires_misa", False)
     assert pickle.loads(pickle.dumps(args)) == args
     assert process.requires_misa
-    off = dataclasses.replace(args, enable_misa=False)
+    off = replaced(args, enable_misa=False)
     assert module.misa_config(off) is None
-    on = dataclasses.replace(off, enable_misa=True)
+    on = replaced(off, enable_misa=True)
     assert module.misa_config(on) == module.misa_config(args)
 
 
 def test_with_the_class_of_another_plugin(parse):
-    given = vars(parse("--misa-active-heads 4"))
-    given = {x.name: given[x.name] for x in dataclasses.fields(ServerArgs)}
-    args = module.with_misa(OtherArgs)(**given, enable_misa=True, other=5)
+    values = given(parse("--misa-active-heads 4"))
+    args = module.with_misa(OtherArgs)(**values, enable_misa=True, other=5)
+    RELEASE.resolve(args)
     args = pickle.loads(pickle.dumps(args))
     assert isinstance(args, OtherArgs) and args.other == 5
     assert module.misa_config(args) == DEFAULTS
@@ -562,12 +652,13 @@ def test_with_the_class_of_another_plugin(parse):
 
 def test_a_program_that_makes_its_own_arguments(parse):
     """As `Engine` does, by keyword; without `enable_misa` what else MISA takes means nothing."""
-    given = vars(parse())
-    given = {x.name: given[x.name] for x in dataclasses.fields(ServerArgs)}
-    args = ServerArgs(**given, enable_misa=True, misa_active_heads=4)
+    from sglang.srt.entrypoints.engine import Engine
+
+    values, make = given(parse()), Engine.server_args_class
+    args = make(**values, enable_misa=True, misa_active_heads=4)
     assert module.misa_config(args) == dataclasses.replace(DEFAULTS, active_heads=4)
-    for values in ({}, {"enable_misa": False}, {"misa_active_heads": 4}):
-        assert type(ServerArgs(**given, **values)) is ServerArgs
+    for more in ({}, {"enable_misa": False}, {"misa_active_heads": 4}):
+        assert type(make(**values, **more)) is ServerArgs
 
 
 def test_yaml_config(parse, tmp_path):

@@ -15,6 +15,6 @@ def register() -> None:
         raise SystemExit(
             "sglang-cpu-engine is for machines without a GPU: unset SGLANG_USE_CPU_ENGINE, or uninstall it."
         )
-    from sglang_cpu_engine import patches
+    from sglang_cpu_engine import patches, releases
 
-    patches.apply()
+    patches.apply([*patches.PATCHES, *releases.installed().PATCHES])

@@ -13,7 +13,7 @@ import torch
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
-from sglang.srt.layers.attention.dsa.utils import can_dsa_prefill_cp_round_robin_split
+from sglang.srt.layers.misa.releases.installed import RELEASE
 from sglang.srt.runtime_context import get_parallel
 
 if TYPE_CHECKING:
@@ -91,9 +91,7 @@ class Batch:
 
 def _is_split(forward_batch: ForwardBatch) -> bool:
     """Whether context parallelism deals the rows of an extend batch out, one by one, to the ranks of its group."""
-    return get_parallel().attn_cp_size > 1 and can_dsa_prefill_cp_round_robin_split(
-        forward_batch
-    )
+    return get_parallel().attn_cp_size > 1 and RELEASE.deals_rows_out(forward_batch)
 
 
 def _dealt_spans(forward_batch: ForwardBatch) -> List[range]:

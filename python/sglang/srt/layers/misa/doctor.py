@@ -6,6 +6,7 @@ from importlib import metadata
 
 import torch
 
+from sglang.srt.layers.misa import releases
 from sglang.srt.plugins import load_plugins
 from sglang.version import __version__
 
@@ -25,7 +26,9 @@ def kernels_version() -> str:
 def main() -> int:
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else "no GPU"
-    print(f"sglang {__version__}, torch {torch.__version__}, {device}\n", flush=True)
+    known = releases.problem(__version__) or "a release that MISA knows"
+    print(f"sglang {__version__}, torch {torch.__version__}, {device}")
+    print(f"{known}\n", flush=True)
     load_plugins()
     try:
         from sglang.srt.layers.misa.operations import kernels_problem

@@ -21,6 +21,7 @@ from sglang.srt.layers.misa.batch import (
     rows_below,
 )
 from sglang.srt.layers.misa.config import MisaConfig
+from sglang.srt.layers.misa.index_k_cache import BYTES_PER_KEY
 from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
 from sglang.srt.layers.misa.metrics import ROWS, AuditMetrics, export
 from sglang.srt.layers.misa.patching import check_engaged, check_objects, indexers
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler_components.metrics_reporter import (
         SchedulerMetricsReporter,
     )
+    from sglang.srt.mem_cache.index_key_cache import IndexKeyCache
     from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -279,6 +281,12 @@ def create_pooled_keys(_, pool: DSATokenToKVPool) -> None:
         pool.misa_pooled_keys = PooledKeys(pool.index_k_with_scale_buffer)
 
 
+def create_pooled_keys_of_cache(index_keys: IndexKeyCache, pool) -> None:
+    """After `DSATokenToKVPool._create_index_key_cache`. A layer without index K has a buffer of no pages, and no means."""
+    if _pools_keys():
+        pool.misa_pooled_keys = PooledKeys(index_keys.buffer)
+
+
 def clear_pooled_keys(_, pool: DSATokenToKVPool) -> None:
     """After `DSATokenToKVPool._clear_buffers`."""
     if _pools_keys():
@@ -299,6 +307,13 @@ def add_pooled_keys_cell_size(
     if not _pools_keys():
         return None
     return bytes_per_token + BYTES_PER_TOKEN * num_layers
+
+
+def add_to_index_k_cell_size(bytes_per_token: int, *args, **kwargs) -> Optional[int]:
+    """After `DefaultPoolConfigurator._compute_dsa_indexer_cell_size`, which counts index K in the layers that have it."""
+    if not _pools_keys():
+        return None
+    return bytes_per_token + BYTES_PER_TOKEN * (bytes_per_token // BYTES_PER_KEY)
 
 
 def update_after_store(

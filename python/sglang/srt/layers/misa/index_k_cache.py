@@ -10,6 +10,8 @@ import torch
 from sglang.srt.layers.misa.reference import PAGE_SIZE
 
 HEAD_DIM = 128
+# Of a key with its scale.
+BYTES_PER_KEY = HEAD_DIM + torch.float32.itemsize
 _KEY_BYTES = PAGE_SIZE * HEAD_DIM
 
 

@@ -1,14 +1,18 @@
-"""Every place where MISA hooks into SGLang. Those of the evaluation are in `evaluation.patches`."""
+"""Every place where MISA hooks into SGLang, in each release. Those of the evaluation are in `evaluation.patches`."""
 
-from sglang.srt.layers.misa import hooks, server_args
-from sglang.srt.layers.misa.patching import Patch
+from typing import Tuple
+
+from sglang.srt.layers.misa import hooks, releases, server_args
+from sglang.srt.layers.misa.patching import Kind, Patch
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.version import __version__ as sglang_version
 
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer"
 REPORTER = (
     "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 )
+CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
 POOL = "sglang.srt.mem_cache.memory_pool.DSATokenToKVPool"
 
 PLUGIN_ARGUMENTS = "server arguments that plugins can declare"
@@ -16,13 +20,31 @@ INDEXER_BACKENDS = "a choice of indexer backend, as there is one of attention ba
 REPORTS = "a plugin can add to a server's information, and to its log and its metrics"
 POOL_BUFFERS = "buffers of a pool, a row a page, that others can declare, counted and freed with its own"
 
-PATCHES = (
+TABLE = (
     Patch(
         f"{SERVER_ARGS}.__init__",
         HookType.AROUND,
         server_args.initialize,
         "takes the arguments of --enable-misa",
         PLUGIN_ARGUMENTS,
+        until="0.5.17",
+    ),
+    Patch(
+        f"{SERVER_ARGS}.resolve_once",
+        HookType.AROUND,
+        server_args.resolve_once,
+        "checks them once they are resolved",
+        PLUGIN_ARGUMENTS,
+        since="0.5.23",
+        parameters="self",
+    ),
+    Patch(
+        "sglang.srt.entrypoints.engine.Engine.server_args_class",
+        Kind.SET,
+        server_args.engine_arguments,
+        "takes them from a program: a record's class takes its own fields only",
+        PLUGIN_ARGUMENTS,
+        since="0.5.23",
     ),
     Patch(
         f"{SERVER_ARGS}.add_cli_args",
@@ -30,6 +52,7 @@ PATCHES = (
         server_args.add_cli_args,
         "adds --enable-misa and --misa-* to the command line",
         PLUGIN_ARGUMENTS,
+        parameters="parser",
     ),
     Patch(
         f"{SERVER_ARGS}.from_cli_args",
@@ -44,6 +67,7 @@ PATCHES = (
         hooks.select_ragged,
         "selects in extend",
         INDEXER_BACKENDS,
+        parameters="self, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata, topk_result",
     ),
     Patch(
         f"{INDEXER}._get_topk_paged",
@@ -51,6 +75,7 @@ PATCHES = (
         hooks.select_paged,
         "selects in decode and in speculative verify",
         INDEXER_BACKENDS,
+        parameters="self, forward_batch, layer_id, q_fp8, weights, metadata",
     ),
     Patch(
         f"{INDEXER}._store_index_k_cache",
@@ -58,6 +83,7 @@ PATCHES = (
         hooks.update_after_store,
         "pools the pages that the stored keys complete",
         INDEXER_BACKENDS,
+        parameters="self, forward_batch, layer_id, key, act_quant, out_cache_loc",
     ),
     Patch(
         f"{INDEXER}._fused_k_prepare_and_store",
@@ -65,6 +91,7 @@ PATCHES = (
         hooks.update_after_fused_store,
         "the same where rope is interleaved (GLM-5): its kernel writes to the cache itself",
         INDEXER_BACKENDS,
+        parameters="self, key_raw, positions, forward_batch, layer_id, act_quant, out_cache_loc",
     ),
     Patch(
         f"{POOL}._create_index_buffers",
@@ -72,6 +99,17 @@ PATCHES = (
         hooks.create_pooled_keys,
         "allocates pooled keys beside index K",
         POOL_BUFFERS,
+        until="0.5.17",
+        parameters="self",
+    ),
+    Patch(
+        f"{POOL}._create_index_key_cache",
+        HookType.AFTER,
+        hooks.create_pooled_keys_of_cache,
+        "allocates pooled keys beside index K, which has a class of its own",
+        POOL_BUFFERS,
+        since="0.5.23",
+        parameters="self",
     ),
     Patch(
         f"{POOL}._clear_buffers",
@@ -79,6 +117,7 @@ PATCHES = (
         hooks.clear_pooled_keys,
         "frees them with index K",
         POOL_BUFFERS,
+        parameters="self",
     ),
     Patch(
         f"{POOL}.get_kv_size_bytes",
@@ -86,13 +125,24 @@ PATCHES = (
         hooks.add_pooled_keys_size,
         "counts them in the reported size of the pool",
         POOL_BUFFERS,
+        parameters="self",
     ),
     Patch(
-        "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+        f"{CONFIGURATOR}._compute_cell_size",
         HookType.AFTER,
         hooks.add_pooled_keys_cell_size,
         "counts them where the pool is sized",
         POOL_BUFFERS,
+        until="0.5.17",
+        parameters="self, kvc, num_layers",
+    ),
+    Patch(
+        f"{CONFIGURATOR}._compute_dsa_indexer_cell_size",
+        HookType.AFTER,
+        hooks.add_to_index_k_cell_size,
+        "counts them with index K where the pool is sized, and so in the layers that have it",
+        POOL_BUFFERS,
+        since="0.5.23",
     ),
     Patch(
         "sglang.srt.managers.scheduler.Scheduler.get_init_info",
@@ -100,6 +150,7 @@ PATCHES = (
         hooks.report,
         "checks the objects that the scheduler built",
         "a plugin that fails ends the server that needs it, and can add to its information",
+        parameters="self",
     ),
     Patch(
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
@@ -107,6 +158,7 @@ PATCHES = (
         hooks.report_rows,
         "adds the counts of rows and of audits to the server's information",
         REPORTS,
+        parameters="self, recv_req",
     ),
     Patch(
         f"{REPORTER}.report_prefill_stats",
@@ -128,5 +180,14 @@ PATCHES = (
         hooks.audited_outside_of_the_graph,
         "runs an audited decode step eagerly",
         "a plugin can say which steps run eagerly",
+        parameters="self, forward_batch",
     ),
 )
+
+
+def of_release(version: str) -> Tuple[Patch, ...]:
+    """The table's hooks for a known release of SGLang."""
+    return tuple(patch for patch in TABLE if patch.holds(version))
+
+
+PATCHES = of_release(releases.closest(sglang_version))

@@ -7,17 +7,34 @@ on the very objects that it built.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import pkgutil
-from typing import Any, Callable, Iterable, List, NamedTuple, Optional, Tuple
+from enum import Enum
+from typing import (
+    Any,
+    Callable,
+    Iterable,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import torch
 
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
-from sglang.srt.layers.misa import process
+from sglang.srt.layers.misa import process, releases
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.version import __version__ as sglang_version
 
-SUPPORTED_SGLANG = ("0.5.17",)
+
+class Kind(Enum):
+    """What SGLang's `HookType` lacks."""
+
+    # Of an attribute that holds a class: SGLang would put what replaces it in the place of that class everywhere.
+    SET = "set"
 
 
 class Patch(NamedTuple):
@@ -29,13 +46,25 @@ class Patch(NamedTuple):
         hook: with what.
         reason: why.
         unneeded_with: the change of SGLang's that would make it unnecessary.
+        since: the first known release of SGLang that it is for.
+        until: the last one.
+        parameters: what the target takes, where the hook names it: a call that gives more or other arguments would fail in the
+            hook. None where the hook takes whatever it is given.
     """
 
     target: str
-    kind: HookType
+    kind: Union[HookType, Kind]
     hook: Callable
     reason: str
     unneeded_with: str
+    since: str = releases.KNOWN[0]
+    until: str = releases.KNOWN[-1]
+    parameters: Optional[str] = None
+
+    def holds(self, version: str) -> bool:
+        """Whether it is for a known release."""
+        index = releases.KNOWN.index
+        return index(self.since) <= index(version) <= index(self.until)
 
     def owner(self) -> Tuple[Any, str]:
         """The class or module that holds the target, and the target's name in it."""
@@ -50,6 +79,21 @@ class Patch(NamedTuple):
             return False
         return runs(getattr(owner, name, None), self.hook)
 
+    def gone(self) -> bool:
+        """Whether the installed SGLang has no such target."""
+        try:
+            owner, name = self.owner()
+        except (ImportError, AttributeError):
+            return True
+        return not hasattr(owner, name)
+
+    def unlike(self) -> Optional[str]:
+        """The parameters of the target where they are not those that the hook was written for."""
+        owner, name = self.owner()
+        # `signature` looks behind the wrappers, SGLang's and others'.
+        found = ", ".join(inspect.signature(getattr(owner, name)).parameters)
+        return found if self.parameters not in (None, found) else None
+
 
 _registered: List[Patch] = []
 
@@ -57,8 +101,19 @@ _registered: List[Patch] = []
 def register(patches: Iterable[Patch]) -> None:
     """Hand the patches to SGLang, which applies them once every plugin has registered its own."""
     for patch in patches:
-        HookRegistry.register(patch.target, patch.hook, patch.kind)
+        if patch.kind is Kind.SET:
+            _set_attribute(patch)
+        else:
+            HookRegistry.register(patch.target, patch.hook, patch.kind)
         _registered.append(patch)
+
+
+def _set_attribute(patch: Patch) -> None:
+    """Put the hook, called with what was there and the arguments, in the place of a class's attribute."""
+    owner, name = patch.owner()
+    setattr(
+        owner, name, staticmethod(functools.partial(patch.hook, getattr(owner, name)))
+    )
 
 
 def registered() -> Tuple[Patch, ...]:
@@ -69,7 +124,7 @@ def registered() -> Tuple[Patch, ...]:
 def runs(function: Optional[Callable], hook: Callable) -> bool:
     """Whether `hook` is `function` or one of the wrappers around it."""
     while function is not None:
-        if function is hook:
+        if hook in (function, getattr(function, "func", None)):
             return True
         cells = getattr(function, "__closure__", None) or ()
         if any(cell.cell_contents is hook for cell in cells):
@@ -81,10 +136,8 @@ def runs(function: Optional[Callable], hook: Callable) -> bool:
 def problems() -> List[str]:
     """What keeps MISA from working with the installed SGLang, a sentence each."""
     found = []
-    if sglang_version not in SUPPORTED_SGLANG:
-        found.append(
-            f"SGLang {sglang_version} is installed; install sglang=={SUPPORTED_SGLANG[-1]}."
-        )
+    if unknown := releases.problem(sglang_version):
+        found.append(unknown)
     if not _registered:
         found.append("SGLang has not loaded the plugin here.")
     for patch in _registered:

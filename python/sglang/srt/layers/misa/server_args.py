@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from dataclasses import dataclass, fields
-from typing import Any, Callable, ClassVar, Literal, NamedTuple, Optional, get_args
+from dataclasses import fields
+from typing import Any, ClassVar, Dict, Optional, get_args
 
 import torch
 
-from sglang.srt.arg_groups.arg_utils import NS, A, add_cli_args_from_dataclass
+from sglang.srt.arg_groups.arg_utils import add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import process
+from sglang.srt.layers.misa.arguments import DECODES, ROUTERS, Fields
 from sglang.srt.layers.misa.config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_MIN_CONTEXT,
@@ -24,93 +25,48 @@ from sglang.srt.layers.misa.environment import EVAL_SELECTION, SELECTIONS
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE
 from sglang.srt.layers.misa.operations import kernels_problem, operations
 from sglang.srt.layers.misa.patching import check_engaged
+from sglang.srt.layers.misa.refusal import Refusal
+from sglang.srt.layers.misa.releases.installed import RELEASE
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import is_cpu, is_hip
 
-# What `with_misa` puts behind MisaArguments has all the other arguments: to a type checker it may be anything.
-_Behind: Any = object
 
-ROUTERS = Literal["sampled", "pooled"]
-DECODES = Literal["dsa", "misa"]
-
-
-@dataclass
-class MisaArguments(_Behind):
-    """The `--misa-*` arguments, which `with_misa` adds to a class of server arguments; validated where that is.
-
-    Raises:
-        ValueError: `enable_misa` is set and a value or a combination is not supported.
-        RuntimeError: `enable_misa` is set and a hook on SGLang did not engage.
-    """
+class MisaArguments(RELEASE.Record):
+    """What `with_misa` adds to a class of server arguments beside `Fields`."""
 
     _base: ClassVar[type]
 
-    enable_misa: A[
-        bool,
-        "Enable MISA: route every query of the DSA indexer to a few of its heads and score the tokens with those only.",
-        NS("exec.kernel"),
-    ] = False
-    misa_router: A[
-        ROUTERS,
-        "What chooses the heads of a query: 'sampled' looks at 128 to 256 keys of its prefix, and gives all heads that it does not choose a shared one beside those that it does; 'pooled' is the paper's, looks at the mean keys of blocks, and keeps those of pages beside the KV cache.",
-        NS("exec.kernel"),
-    ] = "sampled"
-    misa_active_heads: A[
-        int,
-        "Number of heads that score the tokens of a query; with the sampled router the shared head is one of them, and 1 means that one alone. All heads of the model's indexer give DSA's own selection.",
-        NS("exec.kernel"),
-    ] = 8
-    misa_block_size: A[
-        Optional[int],
-        f"Tokens in a block of pooled keys, with --misa-router pooled only. A multiple of 64 up to {MAX_CONTEXT}; {DEFAULT_BLOCK_SIZE} by default.",
-        NS("exec.kernel"),
-    ] = None
-    misa_rerank_candidates: A[
-        Optional[int],
-        f"Hierarchical MISA: keep this many tokens by the heads that are chosen and select among them with all heads. 0 disables it; otherwise at least the model's index_topk and at most {MAX_CONTEXT}, and on a GPU a multiple of 64 up to 16384. {DEFAULT_RERANK_CANDIDATES} by default with the sampled router, 0 with the pooled one.",
-        NS("exec.kernel"),
-    ] = None
-    misa_min_context: A[
-        Optional[int],
-        f"Score prompt tokens that see fewer tokens than this with all heads, by SGLang's own indexer where no token of a batch sees as many. By default, on a GPU and with candidates to re-rank, {DEFAULT_MIN_CONTEXT[64]} with 64 indexer heads and {DEFAULT_MIN_CONTEXT[32]} with 32; otherwise 0. Applies to prefill only: in decode and in speculative verify, lengths are not known to the host.",
-        NS("exec.kernel"),
-    ] = None
-    misa_decode: A[
-        DECODES,
-        "What selects in decode of one row a sequence, a draft model's included: 'dsa' is SGLang's own indexer, with all heads, for reading the keys is the cost there, and fewer heads save none of it; 'misa' routes as prefill does. Where a sequence has several rows, in speculative verify and draft extend, which share what reading its keys costs, MISA selects in either case.",
-        NS("exec.kernel"),
-    ] = "dsa"
-    misa_audit_interval: A[
-        int,
-        "Every so many forward steps, select some routed rows of a prompt by all heads as well, and log and export what MISA missed (see --enable-metrics); 0 is never. With --misa-decode misa and without speculative decoding, decode is audited too, in steps that then run outside of the CUDA graph.",
-        NS("exec.kernel"),
-    ] = 0
+    def check(self) -> None:
+        """Check the arguments once they are resolved.
 
-    def __post_init__(self):
-        super().__post_init__()
+        Raises:
+            ValueError: `enable_misa` is set and a value or a combination is not supported.
+            RuntimeError: `enable_misa` is set and a hook on SGLang did not engage.
+        """
         if self.enable_misa:
             check_misa_server_args(self)
 
     def __reduce__(self):
-        return _restored, (self._base, self.__dict__)
+        return _restored, (self._base, *RELEASE.state(self))
 
 
 @functools.cache
-def with_misa(base: type) -> type:
-    """The class of server arguments `base`, SGLang's or another plugin's, with `MisaArguments`."""
+def with_misa(base: type) -> Any:
+    """The class of server arguments `base`, SGLang's or another plugin's, with MISA's."""
     if issubclass(base, MisaArguments):
         return base
-    members = {"__module__": __name__, "_base": base}
-    return dataclass(type("MisaServerArgs", (MisaArguments, base), members))
+    bases = MisaArguments, base
+    return RELEASE.subclass(
+        "MisaServerArgs", bases, Fields, __module__=__name__, _base=base
+    )
 
 
-def _restored(base: type, state: dict) -> MisaArguments:
+def _restored(base: type, *state: Any) -> Any:
     """Arguments from a pickle or a copy: a class that `with_misa` made has no name to be found by."""
+    args = RELEASE.restored(with_misa(base), *state)
     # They reach a scheduler before it loads its plugins; from here on it must not do without this one.
-    process.requires_misa |= state["enable_misa"]
-    args: MisaArguments = object.__new__(with_misa(base))
-    args.__dict__.update(state)
+    process.requires_misa |= args.enable_misa
     return args
 
 
@@ -120,7 +76,7 @@ def _restored(base: type, state: dict) -> MisaArguments:
 
 def add_cli_args(_, parser: argparse.ArgumentParser) -> None:
     """After `ServerArgs.add_cli_args`."""
-    add_cli_args_from_dataclass(parser, MisaArguments)
+    add_cli_args_from_dataclass(parser, Fields)
 
 
 def from_cli_args(original, *args):
@@ -136,21 +92,56 @@ def from_cli_args(original, *args):
 
 
 def initialize(original, self, *args, **values) -> None:
-    """Around `ServerArgs.__init__`: with `enable_misa`, `self` gets the class that has it.
+    """Around `ServerArgs.__init__` of a dataclass: with `enable_misa`, `self` gets the class that has it.
 
     Raises:
         ValueError: SGLANG_MISA_EVAL_SELECTION is set and `enable_misa` is not.
     """
-    misa = {
-        field.name: values.pop(field.name)
-        for field in fields(MisaArguments)
-        if field.name in values
-    }
+    misa = _taken_out(values)
     if misa.get("enable_misa"):
         self.__class__ = with_misa(self.__class__)
         self.__init__(*args, **values, **misa)
         return
     original(self, *args, **values)
+    _check_without_misa()
+
+
+def resolve_once(original, self) -> None:
+    """Around `ServerArgs.resolve_once` of a record: check what was resolved.
+
+    Raises:
+        ValueError: SGLANG_MISA_EVAL_SELECTION is set and `enable_misa` is not, or see `MisaArguments.check`.
+        RuntimeError: see `MisaArguments.check`.
+    """
+    if getattr(self, "_resolution_finished", False):
+        return
+    original(self)
+    try:
+        if isinstance(self, MisaArguments):
+            self.check()
+        else:
+            _check_without_misa()
+    except BaseException:
+        # As SGLang does, so that whoever goes on with them is refused again.
+        self._resolution_finished, self._resolution_failed = False, True
+        raise
+
+
+def engine_arguments(original: type, **values) -> Any:
+    """In place of `Engine.server_args_class` where that is a record, whose class chooses no other on its own."""
+    misa = _taken_out(values)
+    if not misa.get("enable_misa"):
+        return original(**values)
+    return with_misa(original)(**values, **misa)
+
+
+def _taken_out(values: Dict[str, Any]) -> Dict[str, Any]:
+    """MISA's arguments out of a call's, which without `enable_misa` mean nothing."""
+    names = [field.name for field in fields(Fields) if field.name in values]
+    return {name: values.pop(name) for name in names}
+
+
+def _check_without_misa() -> None:
     if _eval_selection() is not None:
         raise ValueError(
             f"{EVAL_SELECTION} is set without --enable-misa; add --enable-misa or unset it."
@@ -173,25 +164,19 @@ def misa_config(server_args: ServerArgs) -> Optional[MisaConfig]:
         active_heads=server_args.misa_active_heads,
         block_size=block_size,
         rerank_candidates=_rerank_candidates(server_args),
-        min_context=server_args.misa_min_context or 0,
+        # The only one that `check_misa_server_args` decides.
+        min_context=RELEASE.resolved(server_args).misa_min_context or 0,
         decode=server_args.misa_decode,
     )
 
 
-def _rerank_candidates(args: MisaArguments) -> int:
+def _rerank_candidates(args: Any) -> int:
     if args.misa_rerank_candidates is not None:
         return args.misa_rerank_candidates
     # What is evaluated has a single stage.
     if args.misa_router == "pooled" or _eval_selection() is not None:
         return 0
     return DEFAULT_RERANK_CANDIDATES
-
-
-class Refusal(NamedTuple):
-    """A condition on the resolved server args under which MISA does not start, and what it says then."""
-
-    applies: Callable[[MisaArguments], bool]
-    message: str
 
 
 REFUSALS = (
@@ -208,14 +193,6 @@ REFUSALS = (
         "--enable-misa does not support Ray: SGLang loads no plugins in its actors; drop --use-ray.",
     ),
     Refusal(
-        lambda args: _context_parallel(args) and args.misa_router == "pooled",
-        "--enable-misa with --misa-router pooled does not support context parallelism; use --misa-router sampled, or drop --enable-prefill-cp and --attn-cp-size.",
-    ),
-    Refusal(
-        lambda args: _context_parallel(args) and not _deals_rows_out(args),
-        "--enable-misa supports context parallelism by --enable-prefill-cp --cp-strategy interleave (round-robin-split) only; use these, or drop --attn-cp-size, --enable-prefill-cp and --cp-strategy zigzag (in-seq-split).",
-    ),
-    Refusal(
         lambda args: args.dcp_size > 1,
         "--enable-misa does not support decode context parallelism; drop --dcp-size.",
     ),
@@ -229,7 +206,7 @@ REFUSALS = (
         lambda args: args.misa_router == "pooled" and args.enable_hierarchical_cache,
         "--enable-misa with --misa-router pooled does not support HiCache, which restores no page means; drop --misa-router or --enable-hierarchical-cache.",
     ),
-    # What SGLang 0.5.17 leaves behind itself.
+    # What SGLang leaves behind itself.
     Refusal(
         lambda args: args.enable_hierarchical_cache
         and args.speculative_algorithm is not None,
@@ -274,7 +251,7 @@ REFUSALS = (
         "--enable-misa needs pages of 64 tokens; drop --page-size or set it to 64.",
     ),
     Refusal(
-        lambda args: set(args.get_attention_backends()) != {"dsa"},
+        lambda args: set(RELEASE.attention_backends(args)) != {"dsa"},
         "--enable-misa needs the dsa attention backend; drop --attention-backend, --prefill-attention-backend and --decode-attention-backend.",
     ),
     Refusal(
@@ -312,22 +289,14 @@ REFUSALS = (
 )
 
 
-def _context_parallel(args: MisaArguments) -> bool:
-    return args.attn_cp_size > 1 or args.enable_prefill_cp
-
-
-def _deals_rows_out(args: MisaArguments) -> bool:
-    return args.enable_prefill_cp and args.cp_strategy == "interleave"
-
-
-def _selects_in_cuda_graphs(args: MisaArguments) -> bool:
+def _selects_in_cuda_graphs(args: Any) -> bool:
     graphs = [args.cuda_graph_config.prefill]
     if args.misa_decode == "misa" or args.speculative_algorithm is not None:
         graphs.append(args.cuda_graph_config.decode)
     return any(graph.backend != Backend.DISABLED for graph in graphs)
 
 
-def check_misa_server_args(args: MisaArguments) -> None:
+def check_misa_server_args(args: Any) -> None:
     """Refuse what MISA can't serve, in one sentence that names the flag and the remedy.
 
     Raises:
@@ -335,28 +304,28 @@ def check_misa_server_args(args: MisaArguments) -> None:
         RuntimeError: a hook on SGLang did not engage.
     """
     check_engaged()
-    hf_config = args.get_model_config().hf_config
+    hf_config = RELEASE.model_config(args).hf_config
     if not is_deepseek_dsa(hf_config):
         raise ValueError(
             f"--enable-misa needs a model with DeepSeek Sparse Attention, which {args.model_path} "
             f"({', '.join(hf_config.architectures)}) is not; drop --enable-misa."
         )
-    for refusal in REFUSALS:
-        if refusal.applies(args):
+    resolved = RELEASE.resolved(args)
+    for refusal in (*RELEASE.REFUSALS, *REFUSALS):
+        if refusal.applies(resolved):
             raise ValueError(refusal.message)
     num_heads, topk = (
         _positive(args, hf_config, name) for name in ("index_n_heads", "index_topk")
     )
     _check_values(args, num_heads, topk)
-    if args.device == "cuda":
+    if resolved.device == "cuda":
         _check_kernels(args, num_heads, topk)
         if args.misa_min_context is None and _rerank_candidates(args):
-            # SGLang's arguments are read-only once they are resolved, which is before these are.
             least = DEFAULT_MIN_CONTEXT.get(num_heads, 0)
-            object.__setattr__(args, "misa_min_context", least)
+            RELEASE.decide(args, misa_min_context=least)
 
 
-def _positive(args: MisaArguments, hf_config, name: str) -> int:
+def _positive(args: Any, hf_config, name: str) -> int:
     value = getattr(hf_config, name, None)
     if type(value) is not int or value < 1:
         raise ValueError(
@@ -366,7 +335,7 @@ def _positive(args: MisaArguments, hf_config, name: str) -> int:
     return value
 
 
-def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
+def _check_values(args: Any, num_heads: int, topk: int) -> None:
     if topk < PAGE_SIZE:
         raise ValueError(
             f"--enable-misa needs a model that selects at least {PAGE_SIZE} tokens, not index_topk={topk}; "
@@ -411,7 +380,7 @@ def _check_values(args: MisaArguments, num_heads: int, topk: int) -> None:
         )
 
 
-def _check_block_size(args: MisaArguments) -> None:
+def _check_block_size(args: Any) -> None:
     block_size = args.misa_block_size
     if block_size is None:
         return
@@ -432,7 +401,7 @@ def _check_block_size(args: MisaArguments) -> None:
         )
 
 
-def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
+def _check_kernels(args: Any, num_heads: int, topk: int) -> None:
     if problem := kernels_problem():
         raise ValueError(f"--enable-misa: {problem}.")
     kernels = operations(torch.device("cuda"))
@@ -446,7 +415,7 @@ def _check_kernels(args: MisaArguments, num_heads: int, topk: int) -> None:
         raise ValueError(
             f"--enable-misa: index_topk={topk} of {args.model_path} is not {limit}; drop --enable-misa."
         )
-    rows = args.max_speculative_num_draft_tokens
+    rows = RELEASE.max_draft_tokens(args)
     if rows is not None and rows > kernels.MAX_ROWS:
         raise ValueError(
             f"--speculative-num-draft-tokens {rows} is more than the {kernels.MAX_ROWS} rows a sequence that --enable-misa "

@@ -16,6 +16,7 @@ def forward_flashmla_sparse(
     page_table_1: torch.Tensor,
     sm_scale: float,
     topk_length: Optional[torch.Tensor] = None,
+    attn_sink: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """q_all: bfloat16 [rows, heads, 576]; kv_cache: bfloat16 [slots, 1, 576]; page_table_1: int32 [rows, topk], -1 pads.
 
@@ -24,6 +25,7 @@ def forward_flashmla_sparse(
     is one small matrix product instead of a gather for every row. float64 keeps the result, once rounded, independent of
     the chunk and of the order of the indices.
     """
+    assert attn_sink is None, "neither family has one"
     kv_cache = kv_cache.view(-1, q_all.shape[-1])
     out = torch.zeros(*q_all.shape[:2], v_head_dim, dtype=q_all.dtype)
     for start in range(0, len(q_all), CHUNK_ROWS):
