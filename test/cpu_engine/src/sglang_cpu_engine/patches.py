@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from sglang_cpu_engine import streams
 from sglang_cpu_engine.kernels import allocator, fused_indexer, page_table, rotary
 from sglang_cpu_engine.kernels.quantization import rotate_activation
 from sglang_cpu_engine.kernels.sparse_attention import forward_flashmla_sparse
 from sglang_cpu_engine.kernels.speculative import seqlens_expand
 from sglang_cpu_engine.scheduler import set_internal_state
+from sglang_cpu_engine.transfer import TransferEngine
 
 from sglang.srt.layers.rotary_embedding.factory import get_rope
 
@@ -73,6 +75,10 @@ PATCHES = [
     Patch("torch.tensor", _pageable(torch.tensor), "pins memory for CUDA"),
     Patch("torch.zeros", _pageable(torch.zeros), "pins memory for CUDA"),
     Patch("torch.Tensor.pin_memory", lambda self: self, "pins memory for CUDA"),
+    # PD disaggregation, with --disaggregation-transfer-backend mooncake: all of SGLang's protocol, and other hands to carry.
+    Patch("sglang.srt.distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine", TransferEngine, "needs the package and a network card"),
+    Patch("torch.cuda.Event", streams.Event, "is waited for before a cached prefix is sent"),
+    Patch("torch.cuda.synchronize", lambda device=None: None, "waits for what a retraction copies to the host"),
     # Not for the CPU, but for tests: one server takes chunks of several sizes, one after the other.
     Patch("sglang.srt.managers.scheduler.Scheduler.set_internal_state", set_internal_state, "refuses chunked_prefill_size"),
 ]

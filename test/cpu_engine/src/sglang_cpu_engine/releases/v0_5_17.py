@@ -6,7 +6,6 @@ from sglang_cpu_engine.kernels import allocator, hicache, kv_cache
 from sglang_cpu_engine.kernels.mqa_logits import deep_gemm
 from sglang_cpu_engine.kernels.quantization import act_quant
 from sglang_cpu_engine.patches import INDEXER, Patch
-from sglang_cpu_engine.transfer import TransferEngine
 
 
 class Launch:
@@ -43,9 +42,5 @@ PATCHES = [
     Patch(f"{CACHE}.pool_host.common._cuda_host_register", lambda _buffer: None, "pins memory for CUDA"),
     Patch(f"{CACHE}.pool_host.base.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
     Patch(f"{CACHE}.memory_pool_host.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
-    # PD disaggregation, with --disaggregation-transfer-backend mooncake: all of SGLang's protocol, and other hands to carry.
-    Patch("sglang.srt.distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine", TransferEngine, "needs the package and a network card"),
-    Patch("torch.cuda.Event", streams.Event, "is waited for before a cached prefix is sent"),
-    Patch("torch.cuda.synchronize", lambda device=None: None, "waits for what a retraction copies to the host"),
 ]
 # fmt: on
