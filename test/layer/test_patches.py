@@ -1,8 +1,11 @@
 """A hook that did not engage is noticed, whichever it is."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,10 +24,12 @@ from sglang.srt.layers.misa import (
     patching,
     plugin,
     process,
+    releases,
 )
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation.patches import patches as evaluation_patches
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+from sglang.version import __version__ as sglang_version
 
 
 def test_all_hooks_engage():
@@ -64,10 +69,55 @@ def test_an_owner_that_is_gone(target, monkeypatch):
         patching.check_engaged()
 
 
-def test_an_unknown_sglang(monkeypatch):
-    monkeypatch.setattr(patching, "sglang_version", "0.6.0")
-    with pytest.raises(RuntimeError, match="SGLang 0.6.0 .* install sglang==0.5.17"):
+@pytest.mark.parametrize("version", ["0.5.18", "0.6.0"])
+def test_an_unknown_sglang(version, monkeypatch, capsys):
+    monkeypatch.setattr(patching, "sglang_version", version)
+    known = f"SGLang {version} .* MISA knows 0.5.17 and 0.5.23; install"
+    with pytest.raises(RuntimeError, match=known):
         patching.check_engaged()
+    assert doctor.main() == 1
+    assert re.search(known, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("version", releases.KNOWN)
+def test_each_release_has_its_hooks(version):
+    """One on each target, and on those that the release has no others."""
+    targets = [patch.target for patch in patches.of_release(version)]
+    assert len(targets) == len(set(targets))
+    pool = "sglang.srt.mem_cache.memory_pool.DSATokenToKVPool."
+    assert (f"{pool}_create_index_buffers" in targets) == (version == "0.5.17")
+    assert (f"{pool}_create_index_key_cache" in targets) == (version == "0.5.23")
+    assert all(any(x.holds(y) for y in releases.KNOWN) for x in patches.TABLE)
+
+
+def test_the_modules_of_the_releases_have_the_same_names():
+    """Whoever uses one of them can use the others."""
+    names = []
+    for name in releases.MODULES.values():
+        path = Path(releases.__file__).with_name(f"{name}.py")
+        found = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif isinstance(node, ast.AnnAssign):
+                found.add(node.target.id)
+            elif isinstance(node, ast.ImportFrom):
+                found |= {x.asname for x in node.names if x.asname}
+        names.append({x for x in found if not x.startswith("_")})
+    assert names[0] == names[1] > {"REFUSALS", "Record", "deals_rows_out"}
+    for name in names[0]:
+        assert name in releases.__doc__
+
+
+@pytest.mark.parametrize("patch", patches.PATCHES, ids=lambda patch: patch.target)
+def test_targets_take_what_the_hooks_take(patch, monkeypatch):
+    assert not patch.gone() and patch.unlike() is None
+    if patch.parameters is None:
+        return
+    owner, name = patch.owner()
+    monkeypatch.setattr(owner, name, lambda self, another: None)
+    assert patch.unlike() == "self, another"
+    assert patch._replace(target=f"{patch.target}_gone").gone()
 
 
 def test_a_process_without_the_plugin(monkeypatch, capsys):
@@ -115,8 +165,11 @@ def test_doctor_in_a_plain_shell():
     command = [sys.executable, "-m", "sglang.srt.layers.misa.doctor"]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 1
-    first, _, *rest = result.stdout.splitlines()
-    assert first.startswith("sglang 0.5.17, torch ") and first.endswith(", no GPU")
+    first, known, _, *rest = result.stdout.splitlines()
+    assert known == "a release that MISA knows"
+    assert first.startswith(f"sglang {sglang_version}, torch ") and first.endswith(
+        ", no GPU"
+    )
     assert rest[0].startswith("FAILED the plugin does not load: ")
     assert "set SGLANG_USE_CPU_ENGINE=1" in rest[1]
 

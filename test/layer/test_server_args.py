@@ -213,7 +213,7 @@ def test_values_that_are_no_numbers(parse, flag, capsys):
 
 
 CP = "--tp-size 2 --enable-prefill-cp --cp-strategy"
-# Those of one release, refused by it alone or before others are.
+# Those of one release.
 COMBINATIONS_OF = {
     "0.5.17": [
         ("--attn-cp-size 2 --tp-size 2", "drop --attn-cp-size"),
@@ -486,7 +486,7 @@ def test_models_that_the_kernels_do_not_take(on_gpu, tiny_model, tmp_path):
 
 def test_every_refusal_is_tested():
     remedies = [row[-1] for row in COMBINATIONS + SETTINGS + EVALUATIONS]
-    remedies += ["ROCm", "set SGLANG_USE_CPU_ENGINE=1"]
+    remedies += ["ROCm", "set SGLANG_USE_CPU_ENGINE=1", "IndexerKPool"]
     for refusal in (*RELEASE.REFUSALS, *module.REFUSALS):
         assert any(remedy in refusal.message for remedy in remedies), refusal
 
@@ -527,6 +527,39 @@ def test_a_model_with_another_indexer(parse, architecture, monkeypatch):
     monkeypatch.setattr(RELEASE.model_config(args), "hf_config", hf_config)
     message = refusal(module.check_misa_server_args, args)
     assert f"({architecture}) is not; drop --enable-misa" in message
+
+
+# Their layers have SGLang's Indexer, whose heads the kernels may not have.
+SAME_INDEXER = {
+    "0.5.17": ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"],
+    "0.5.23": [
+        *("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "HYV4ForCausalLM"),
+        *("LongcatFlashForCausalLM", "Dots3NoteForCausalLM"),
+        *("MistralLarge3ForCausalLM", "PixtralForConditionalGeneration"),
+    ],
+}
+
+
+@pytest.mark.parametrize("architecture", SAME_INDEXER[sglang_version])
+def test_models_with_the_same_indexer(on_gpu, architecture, monkeypatch):
+    args = on_gpu()
+    hf_config = copy.copy(RELEASE.model_config(args).hf_config)
+    hf_config.architectures = [architecture]
+    monkeypatch.setattr(RELEASE.model_config(args), "hf_config", hf_config)
+    module.check_misa_server_args(args)
+    hf_config.index_n_heads = 16
+    message = refusal(module.check_misa_server_args, args)
+    assert "indexers of 32 or 64 heads, not for the 16 of" in message
+
+
+@pytest.mark.skipif(sglang_version == "0.5.17", reason="it has no such model")
+def test_a_model_that_pools_index_keys(parse, monkeypatch):
+    args = parse()
+    hf_config = copy.copy(RELEASE.model_config(args).hf_config)
+    hf_config.architectures = ["Glm5NextForConditionalGeneration"]
+    hf_config.index_kpool = 4
+    monkeypatch.setattr(RELEASE.model_config(args), "hf_config", hf_config)
+    assert "IndexerKPool" in refusal(module.check_misa_server_args, args)
 
 
 @pytest.mark.parametrize("name", ["index_n_heads", "index_topk"])

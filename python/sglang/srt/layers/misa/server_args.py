@@ -193,14 +193,6 @@ REFUSALS = (
         "--enable-misa does not support Ray: SGLang loads no plugins in its actors; drop --use-ray.",
     ),
     Refusal(
-        lambda args: _context_parallel(args) and args.misa_router == "pooled",
-        "--enable-misa with --misa-router pooled does not support context parallelism; use --misa-router sampled, or drop --enable-prefill-cp and --attn-cp-size.",
-    ),
-    Refusal(
-        lambda args: _context_parallel(args) and not _deals_rows_out(args),
-        "--enable-misa supports context parallelism by --enable-prefill-cp --cp-strategy interleave (round-robin-split) only; use these, or drop --attn-cp-size, --enable-prefill-cp and --cp-strategy zigzag (in-seq-split).",
-    ),
-    Refusal(
         lambda args: args.dcp_size > 1,
         "--enable-misa does not support decode context parallelism; drop --dcp-size.",
     ),
@@ -295,14 +287,6 @@ REFUSALS = (
         f"--enable-misa with {EVAL_SELECTION} has nothing to audit; drop --misa-audit-interval.",
     ),
 )
-
-
-def _context_parallel(args: Any) -> bool:
-    return args.attn_cp_size > 1 or args.enable_prefill_cp
-
-
-def _deals_rows_out(args: Any) -> bool:
-    return args.enable_prefill_cp and args.cp_strategy == "interleave"
 
 
 def _selects_in_cuda_graphs(args: Any) -> bool:

@@ -24,7 +24,24 @@ class Record(_Behind):
         self.check()
 
 
-REFUSALS: Tuple[Refusal, ...] = ()
+def _context_parallel(args: Any) -> bool:
+    return args.attn_cp_size > 1 or args.enable_prefill_cp
+
+
+def _deals_rows_out(args: Any) -> bool:
+    return args.enable_prefill_cp and args.cp_strategy == "interleave"
+
+
+REFUSALS: Tuple[Refusal, ...] = (
+    Refusal(
+        lambda args: _context_parallel(args) and args.misa_router == "pooled",
+        "--enable-misa with --misa-router pooled does not support context parallelism; use --misa-router sampled, or drop --enable-prefill-cp and --attn-cp-size.",
+    ),
+    Refusal(
+        lambda args: _context_parallel(args) and not _deals_rows_out(args),
+        "--enable-misa supports context parallelism by --enable-prefill-cp --cp-strategy interleave (round-robin-split) only; use these, or drop --attn-cp-size, --enable-prefill-cp and --cp-strategy zigzag (in-seq-split).",
+    ),
+)
 
 
 def subclass(name: str, bases: Tuple[type, ...], more: type, **members: Any) -> type:
