@@ -41,6 +41,8 @@ class Patch(NamedTuple):
     target: str
     replacement: Any
     reason: str
+    # SGLang has the name only where there is CUDA.
+    added: bool = False
 
 
 INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer"
@@ -59,8 +61,8 @@ PATCHES = [
     Patch(f"{INDEXER}.rotate_activation", rotate_activation, "JIT CUDA kernel"),
     Patch(f"{INDEXER}.can_use_dsa_fused_store", lambda *_: True, "compiles the kernel to find out"),
     Patch(f"{INDEXER}.fused_store_index_k_cache", fused_indexer.fused_store_index_k_cache, "JIT CUDA kernel"),
-    Patch(f"{INDEXER}.fused_k_indexer_norm_rope_store", fused_indexer.fused_k_indexer_norm_rope_store, "JIT CUDA kernel, imported on CUDA only"),
-    Patch(f"{INDEXER}.fused_q_indexer_rope_first_quant", fused_indexer.fused_q_indexer_rope_first_quant, "JIT CUDA kernel, imported on CUDA only"),
+    Patch(f"{INDEXER}.fused_k_indexer_norm_rope_store", fused_indexer.fused_k_indexer_norm_rope_store, "JIT CUDA kernel", added=True),
+    Patch(f"{INDEXER}.fused_q_indexer_rope_first_quant", fused_indexer.fused_q_indexer_rope_first_quant, "JIT CUDA kernel", added=True),
     # Attention.
     Patch(f"{BACKEND}.transform_index_page_table_prefill", page_table.transform_prefill, "Triton kernel"),
     Patch(f"{BACKEND}.transform_index_page_table_decode", page_table.transform_decode, "Triton kernel"),
@@ -94,6 +96,19 @@ def _resolve(path: str) -> Any:
 
 
 def apply(patches: Iterable[Patch]) -> None:
+    """Put the replacements in place.
+
+    Raises:
+        SystemExit: SGLang has no such target. It logs what a plugin raises otherwise, and goes on.
+    """
     for patch in patches:
-        owner, name = patch.target.rsplit(".", 1)
-        setattr(_resolve(owner), name, patch.replacement)
+        path, name = patch.target.rsplit(".", 1)
+        try:
+            owner = _resolve(path)
+            if not patch.added:
+                getattr(owner, name)
+        except (ImportError, AttributeError) as error:
+            raise SystemExit(
+                f"sglang-cpu-engine: this SGLang has no {patch.target}."
+            ) from error
+        setattr(owner, name, patch.replacement)

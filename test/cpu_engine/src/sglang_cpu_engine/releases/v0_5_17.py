@@ -24,7 +24,7 @@ CACHE = "sglang.srt.mem_cache"
 # fmt: off
 PATCHES = [
     Patch(f"{INDEXER}.Indexer.dispatch_forward", lambda self: self.forward_cuda, "forward_native raises"),
-    Patch(f"{INDEXER}.deep_gemm", deep_gemm, "imported on CUDA only"),
+    Patch(f"{INDEXER}.deep_gemm", deep_gemm, "imported on CUDA only", added=True),
     Patch(f"{KERNELS}.triton_kernel.act_quant", act_quant, "Triton kernel"),
     Patch(f"{KERNELS}.index_buf_accessor.GetKAndS.execute", kv_cache.read_index_k, "Triton kernel"),
     Patch("sglang.srt.mem_cache.memory_pool.set_mla_kv_buffer_triton", kv_cache.write_mla_kv, "Triton kernel"),
@@ -35,10 +35,10 @@ PATCHES = [
     # HiCache, with --hicache-mem-layout page_first_direct --hicache-io-backend direct. Its copies come as late as they may.
     Patch("sglang.srt.managers.cache_controller.device_module", streams, "does everything at once"),
     Patch(f"{CACHE}.hybrid_cache.hybrid_cache_controller.device_module", streams, "does everything at once"),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies, imported on CUDA only"),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies, imported on CUDA only"),
-    Patch(f"{CACHE}.memory_pool_host.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies, imported on CUDA only"),
-    Patch(f"{CACHE}.memory_pool_host.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies, imported on CUDA only"),
+    Patch(f"{CACHE}.pool_host.mla.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
+    Patch(f"{CACHE}.pool_host.mla.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
+    Patch(f"{CACHE}.memory_pool_host.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
+    Patch(f"{CACHE}.memory_pool_host.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
     Patch(f"{CACHE}.pool_host.common._cuda_host_register", lambda _buffer: None, "pins memory for CUDA"),
     Patch(f"{CACHE}.pool_host.base.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
     Patch(f"{CACHE}.memory_pool_host.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),

@@ -30,10 +30,10 @@ PATCHES = [
     # HiCache, with --hicache-mem-layout page_first_direct --hicache-io-backend direct. Its copies come as late as they may.
     Patch("sglang.srt.managers.cache_controller.device_module", streams, "does everything at once"),
     Patch(f"{CACHE}.l2_transfer.device_module", streams, "does everything at once"),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies, imported on CUDA only"),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies, imported on CUDA only"),
-    Patch(f"{CACHE}.pool_host.dsa.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies, imported on CUDA only"),
-    Patch(f"{CACHE}.pool_host.dsa.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies, imported on CUDA only"),
+    Patch(f"{CACHE}.pool_host.mla.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
+    Patch(f"{CACHE}.pool_host.mla.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
+    Patch(f"{CACHE}.pool_host.dsa.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
+    Patch(f"{CACHE}.pool_host.dsa.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
     Patch(f"{CACHE}.pool_host.common._cuda_host_register", lambda *_: None, "pins memory for CUDA"),
     Patch(f"{CACHE}.pool_host.base.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
 ]
