@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from sglang_cpu_engine import streams
 from sglang_cpu_engine.kernels import allocator, fused_indexer, page_table, rotary
 from sglang_cpu_engine.kernels.quantization import rotate_activation
 from sglang_cpu_engine.kernels.sparse_attention import forward_flashmla_sparse
 from sglang_cpu_engine.kernels.speculative import seqlens_expand
 from sglang_cpu_engine.scheduler import set_internal_state
+from sglang_cpu_engine.transfer import TransferEngine
 
 from sglang.srt.layers.rotary_embedding.factory import get_rope
 
@@ -39,6 +41,8 @@ class Patch(NamedTuple):
     target: str
     replacement: Any
     reason: str
+    # SGLang has the name only where there is CUDA.
+    added: bool = False
 
 
 INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer"
@@ -57,8 +61,8 @@ PATCHES = [
     Patch(f"{INDEXER}.rotate_activation", rotate_activation, "JIT CUDA kernel"),
     Patch(f"{INDEXER}.can_use_dsa_fused_store", lambda *_: True, "compiles the kernel to find out"),
     Patch(f"{INDEXER}.fused_store_index_k_cache", fused_indexer.fused_store_index_k_cache, "JIT CUDA kernel"),
-    Patch(f"{INDEXER}.fused_k_indexer_norm_rope_store", fused_indexer.fused_k_indexer_norm_rope_store, "JIT CUDA kernel, imported on CUDA only"),
-    Patch(f"{INDEXER}.fused_q_indexer_rope_first_quant", fused_indexer.fused_q_indexer_rope_first_quant, "JIT CUDA kernel, imported on CUDA only"),
+    Patch(f"{INDEXER}.fused_k_indexer_norm_rope_store", fused_indexer.fused_k_indexer_norm_rope_store, "JIT CUDA kernel", added=True),
+    Patch(f"{INDEXER}.fused_q_indexer_rope_first_quant", fused_indexer.fused_q_indexer_rope_first_quant, "JIT CUDA kernel", added=True),
     # Attention.
     Patch(f"{BACKEND}.transform_index_page_table_prefill", page_table.transform_prefill, "Triton kernel"),
     Patch(f"{BACKEND}.transform_index_page_table_decode", page_table.transform_decode, "Triton kernel"),
@@ -73,6 +77,10 @@ PATCHES = [
     Patch("torch.tensor", _pageable(torch.tensor), "pins memory for CUDA"),
     Patch("torch.zeros", _pageable(torch.zeros), "pins memory for CUDA"),
     Patch("torch.Tensor.pin_memory", lambda self: self, "pins memory for CUDA"),
+    # PD disaggregation, with --disaggregation-transfer-backend mooncake: all of SGLang's protocol, and other hands to carry.
+    Patch("sglang.srt.distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine", TransferEngine, "needs the package and a network card"),
+    Patch("torch.cuda.Event", streams.Event, "is waited for before a cached prefix is sent"),
+    Patch("torch.cuda.synchronize", lambda device=None: None, "waits for what a retraction copies to the host"),
     # Not for the CPU, but for tests: one server takes chunks of several sizes, one after the other.
     Patch("sglang.srt.managers.scheduler.Scheduler.set_internal_state", set_internal_state, "refuses chunked_prefill_size"),
 ]
@@ -88,6 +96,19 @@ def _resolve(path: str) -> Any:
 
 
 def apply(patches: Iterable[Patch]) -> None:
+    """Put the replacements in place.
+
+    Raises:
+        SystemExit: SGLang has no such target. It logs what a plugin raises otherwise, and goes on.
+    """
     for patch in patches:
-        owner, name = patch.target.rsplit(".", 1)
-        setattr(_resolve(owner), name, patch.replacement)
+        path, name = patch.target.rsplit(".", 1)
+        try:
+            owner = _resolve(path)
+            if not patch.added:
+                getattr(owner, name)
+        except (ImportError, AttributeError) as error:
+            raise SystemExit(
+                f"sglang-cpu-engine: this SGLang has no {patch.target}."
+            ) from error
+        setattr(owner, name, patch.replacement)

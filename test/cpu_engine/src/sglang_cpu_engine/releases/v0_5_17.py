@@ -6,7 +6,6 @@ from sglang_cpu_engine.kernels import allocator, hicache, kv_cache
 from sglang_cpu_engine.kernels.mqa_logits import deep_gemm
 from sglang_cpu_engine.kernels.quantization import act_quant
 from sglang_cpu_engine.patches import INDEXER, Patch
-from sglang_cpu_engine.transfer import TransferEngine
 
 
 class Launch:
@@ -25,7 +24,7 @@ CACHE = "sglang.srt.mem_cache"
 # fmt: off
 PATCHES = [
     Patch(f"{INDEXER}.Indexer.dispatch_forward", lambda self: self.forward_cuda, "forward_native raises"),
-    Patch(f"{INDEXER}.deep_gemm", deep_gemm, "imported on CUDA only"),
+    Patch(f"{INDEXER}.deep_gemm", deep_gemm, "imported on CUDA only", added=True),
     Patch(f"{KERNELS}.triton_kernel.act_quant", act_quant, "Triton kernel"),
     Patch(f"{KERNELS}.index_buf_accessor.GetKAndS.execute", kv_cache.read_index_k, "Triton kernel"),
     Patch("sglang.srt.mem_cache.memory_pool.set_mla_kv_buffer_triton", kv_cache.write_mla_kv, "Triton kernel"),
@@ -36,16 +35,12 @@ PATCHES = [
     # HiCache, with --hicache-mem-layout page_first_direct --hicache-io-backend direct. Its copies come as late as they may.
     Patch("sglang.srt.managers.cache_controller.device_module", streams, "does everything at once"),
     Patch(f"{CACHE}.hybrid_cache.hybrid_cache_controller.device_module", streams, "does everything at once"),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies, imported on CUDA only"),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies, imported on CUDA only"),
-    Patch(f"{CACHE}.memory_pool_host.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies, imported on CUDA only"),
-    Patch(f"{CACHE}.memory_pool_host.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies, imported on CUDA only"),
+    Patch(f"{CACHE}.pool_host.mla.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
+    Patch(f"{CACHE}.pool_host.mla.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
+    Patch(f"{CACHE}.memory_pool_host.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
+    Patch(f"{CACHE}.memory_pool_host.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
     Patch(f"{CACHE}.pool_host.common._cuda_host_register", lambda _buffer: None, "pins memory for CUDA"),
     Patch(f"{CACHE}.pool_host.base.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
     Patch(f"{CACHE}.memory_pool_host.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
-    # PD disaggregation, with --disaggregation-transfer-backend mooncake: all of SGLang's protocol, and other hands to carry.
-    Patch("sglang.srt.distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine", TransferEngine, "needs the package and a network card"),
-    Patch("torch.cuda.Event", streams.Event, "is waited for before a cached prefix is sent"),
-    Patch("torch.cuda.synchronize", lambda device=None: None, "waits for what a retraction copies to the host"),
 ]
 # fmt: on
