@@ -66,7 +66,7 @@ class Rank:
     def __post_init__(self) -> None:
         case = self.step.case
         self.misa = MisaIndexer(config=self.config, topk=TOPK)
-        self.spans = [
+        spans = [
             range(context - case.rows_per_seq + 1, context + 1)
             for context in case.contexts
         ]
@@ -74,8 +74,9 @@ class Rank:
             page_table=self.step.page_table,
             cu_rows=self.step.cu_rows,
             lengths=self.step.lengths,
-            rows=[len(span) for span in self.spans],
-            bounds=bounds_of(self.spans),
+            rows=[len(span) for span in spans],
+            bounds=bounds_of(spans),
+            spans=spans,
         )
 
     def select(self, i: int) -> torch.Tensor:
@@ -83,7 +84,7 @@ class Rank:
         rows = share_of(self.step.case.rows, self.ranks, self.rank)
         layer, batch = self.layers[i], self.batch
         if self.ranks > 1:
-            batch = part_of(batch, self.spans, rows)
+            batch = part_of(batch, rows)
         return self.misa.select(
             q=layer.q[rows],
             weights=layer.weights[rows],

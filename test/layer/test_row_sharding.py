@@ -76,6 +76,7 @@ def batch_of(spans, device):
         lengths=tensors.lengths[chosen].to(device),
         rows=rows,
         bounds=bounds_of(spans),
+        spans=spans,
     )
     inputs = {
         "q": tensors.q.view(torch.uint8)[chosen].view(tensors.q.dtype).to(device),
@@ -103,7 +104,7 @@ def test_parts(spans, ranks, small_shares):
     count, seen = len(batch.lengths), []
     for rank in range(ranks):
         rows = share_of(count, ranks, rank)
-        part = part_of(batch, spans, rows)
+        part = part_of(batch, rows)
         lengths = part.lengths.tolist()
         assert lengths == batch.lengths[rows].tolist()
         assert part.bounds == (min(lengths, default=0), max(lengths, default=0))
@@ -147,7 +148,7 @@ def test_shares_are_what_all_rows_are(config, spans, device, small_shares):
         own = []
         for rank in range(ranks):
             rows = share_of(count, ranks, (rank + shift) % ranks)
-            own.append(select(config, batch, inputs, rows, part_of(batch, spans, rows)))
+            own.append(select(config, batch, inputs, rows, part_of(batch, rows)))
         return torch.cat(own)
 
     assert torch.equal(gathered(0), expected)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import collections
 import itertools
-from bisect import bisect_left
+from bisect import bisect, bisect_left
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Iterator, List, Optional, Tuple
 
@@ -34,6 +33,7 @@ class Batch:
         lengths: int32 [T], tokens visible to each row, non-decreasing within a sequence; in decode 0 for some padding rows.
         rows: the number of rows of each sequence, on the host.
         bounds: the least and the largest of the lengths where the host knows them (extend); None in decode.
+        spans: the lengths of each sequence's rows, as SGLang's batch has them (extend).
         rows_per_seq: in decode, the number of rows of every sequence.
         by_row: in decode, page_table and cu_rows as SGLang has them, [T, P] and [T + 1], as if each row were a sequence.
     """
@@ -43,6 +43,7 @@ class Batch:
     lengths: torch.Tensor
     rows: List[int]
     bounds: Optional[Tuple[int, int]] = None
+    spans: Optional[List[range]] = None
     rows_per_seq: int = 1
     by_row: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
 
@@ -61,6 +62,7 @@ class Batch:
             self,
             lengths=self.lengths.clamp(max=length),
             bounds=(min(least, length), min(largest, length)),
+            spans=None,
         )
 
     def only(self, rows: List[int]) -> Tuple[Batch, torch.Tensor]:
@@ -68,7 +70,7 @@ class Batch:
         sequences, counts = rows, [1] * len(rows)
         if self.bounds is not None:
             ends = list(itertools.accumulate(self.rows))
-            owners = collections.Counter(bisect.bisect(ends, row) for row in rows)
+            owners = collections.Counter(bisect(ends, row) for row in rows)
             sequences, counts = list(owners), list(owners.values())
         index = self._on_device(rows, torch.int64)
         cu_rows = list(itertools.accumulate(counts, initial=0))
@@ -78,6 +80,7 @@ class Batch:
             cu_rows=self._on_device(cu_rows, torch.int32),
             lengths=self.lengths[index],
             rows=counts,
+            spans=None,
             by_row=None,
         )
         return batch, index
@@ -149,6 +152,7 @@ def extend_batch(forward_batch: ForwardBatch, metadata: DSAIndexerMetadata) -> B
         lengths=metadata.get_seqlens_expanded(),
         rows=[len(span) for span in spans],
         bounds=bounds_of(spans),
+        spans=spans,
     )
 
 

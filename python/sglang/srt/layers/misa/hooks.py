@@ -17,7 +17,6 @@ from sglang.srt.layers.misa.batch import (
     attention_output,
     decode_batch,
     extend_batch,
-    extend_spans,
     rows_below,
 )
 from sglang.srt.layers.misa.config import MisaConfig
@@ -190,9 +189,8 @@ def _select_all(
     offsets: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """What `select` chooses for the rows of a batch, by this rank or by those that share them -> int32 [T, topk]."""
-    if batch.bounds is None:
+    if batch.spans is None:
         return select(call, config, batch, output, offsets).indices
-    spans = extend_spans(call.forward_batch, call.metadata)
     rows, group = len(batch.lengths), sharing(batch)
     if group is None:
         selection = select(call, config, batch, output, offsets)
@@ -202,7 +200,7 @@ def _select_all(
         selection = select(
             replace(call, q=call.q[mine], weights=call.weights[mine]),
             config,
-            part_of(batch, spans, mine),
+            part_of(batch, mine),
             output,
             None if offsets is None else offsets[mine],
         )
@@ -210,7 +208,7 @@ def _select_all(
     # Every rank counts all rows, whoever selected for them: SGLang exports what one rank of a group has counted.
     by_all = rows
     if selection.heads is not None:
-        by_all = rows_below(spans, config.dense_below(call.topk))
+        by_all = rows_below(batch.spans, config.dense_below(call.topk))
     ROWS.add("all_heads", by_all)
     ROWS.add("misa", rows - by_all)
     return indices

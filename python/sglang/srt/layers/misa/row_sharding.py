@@ -13,7 +13,7 @@ times on four ranks; shares of equal work would be of uneven size there, and gat
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, List
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -51,15 +51,15 @@ def pays(rows: int, context: int, ranks: int) -> bool:
     return ranks > 1 and enough and share_of(rows, ranks, ranks - 1).start < rows
 
 
-def part_of(batch: Batch, spans: List[range], rows: slice) -> Batch:
+def part_of(batch: Batch, rows: slice) -> Batch:
     """Some rows of an extend batch. Its sequences stay, those that have none of the rows without any.
 
     Args:
-        spans: the lengths of each sequence's rows.
         rows: from `start` to `stop`, both within the batch.
     """
+    assert batch.spans is not None, "in decode rows are not shared"
     mine, before = [], 0
-    for span in spans:
+    for span in batch.spans:
         start, stop = max(0, rows.start - before), max(0, rows.stop - before)
         mine.append(span[start:stop])
         before += len(span)
@@ -69,6 +69,7 @@ def part_of(batch: Batch, spans: List[range], rows: slice) -> Batch:
         lengths=batch.lengths[rows],
         rows=[len(span) for span in mine],
         bounds=bounds_of(mine),
+        spans=mine,
     )
 
 
