@@ -2,16 +2,18 @@
 
 import tilelang.language as T
 
+from kernels.accumulator import row_of
+
 TILE = 128  # tokens whose keys are multiplied at a time, 64 a warpgroup
 
 
-def get_score_listed(threads: int, stages: int, store):
+def get_score_listed(threads: int, stages: int, sum_heads):
     """The macro that scores the first `count` tokens of a list, a tile at a time.
 
     Args:
         stages: tiles on the chip: while one is scored, the next ones are gathered.
-        store: a macro (row, tile) that takes a tile's products from `row.acc`, and its scales from stage `tile % stages` of
-            `row.s_shared`.
+        sum_heads: a macro (row) that makes the two scores of a thread, `row.score`, of a tile's products in `row.acc` and their
+            scales in `row.scale`.
     """
 
     @T.macro
@@ -29,8 +31,21 @@ def get_score_listed(threads: int, stages: int, store):
         )
 
     @T.macro
+    def store(row, tile):
+        """Entries that only fill up the last tile get scores too; nobody looks at them."""
+        tx = T.get_thread_binding()
+        for rr in T.unroll(2):
+            row.scale[rr] = row.s_shared[tile % stages, row_of(tx) + rr * 8]
+        sum_heads(row)
+        if tx % 4 == 0:
+            for rr in T.unroll(2):
+                row.scores[tile * TILE + row_of(tx) + rr * 8] = T.call_extern(
+                    "uint32", "misa::ordered", row.score[rr]
+                )
+
+    @T.macro
     def score_listed(row, count):
-        """An entry of `row.scores` is a token's slot of the cache until its key is gathered, then `store` may put its score there.
+        """An entry of `row.scores` is a token's slot of the cache until its key is gathered, then its score, as an ordered key.
 
         Every thread's writes to the list, and to `row.q_shared` (fenced), must be followed by the barrier of
         `fill_last_tile`. Ends with a barrier.

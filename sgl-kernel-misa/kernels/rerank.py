@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import tilelang.language as T
 
-from kernels.accumulator import row_of
 from kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE
 from kernels.dimensions import dimensions
 from kernels.gather import TILE, get_score_listed
@@ -37,11 +36,7 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
     ), "the histogram lies where the keys were"
 
     @T.macro
-    def store(row, tile):
-        """Entries that only fill up the last tile get scores too; nobody looks at them."""
-        tx = T.get_thread_binding()
-        for rr in T.unroll(2):
-            row.scale[rr] = row.s_shared[tile % stages, row_of(tx) + rr * 8]
+    def sum_heads(row):
         T.call_extern(
             "handle",
             f"misa::sum_heads_of_quad<{num_heads}>",
@@ -50,13 +45,8 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
             row.scale.data,
             row.score.data,
         )
-        if tx % 4 == 0:
-            for rr in T.unroll(2):
-                row.scores[tile * TILE + row_of(tx) + rr * 8] = T.call_extern(
-                    "uint32", "misa::ordered", row.score[rr]
-                )
 
-    score_listed = get_score_listed(THREADS, stages, store)
+    score_listed = get_score_listed(THREADS, stages, sum_heads)
 
     @T.prim_func
     def rerank(

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import tilelang.language as T
 
-from kernels.accumulator import row_of
 from kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SPAN
 from kernels.dimensions import dimensions
 from kernels.gather import TILE, get_score_listed
@@ -53,11 +52,7 @@ def get_select_kernel(heads: int, capacity: int):
     )
 
     @T.macro
-    def store(row, tile):
-        """Entries that only fill up the last tile get scores too; nobody looks at them."""
-        tx = T.get_thread_binding()
-        for rr in T.unroll(2):
-            row.scale[rr] = row.s_shared[tile % STAGES, row_of(tx) + rr * 8]
+    def sum_heads(row):
         T.call_extern(
             "handle",
             f"misa::sum_heads<{heads}, 1>",
@@ -67,13 +62,8 @@ def get_select_kernel(heads: int, capacity: int):
             row.rectified,
             row.score.data,
         )
-        if tx % 4 == 0:
-            for rr in T.unroll(2):
-                row.scores[tile * TILE + row_of(tx) + rr * 8] = T.call_extern(
-                    "uint32", "misa::ordered", row.score[rr]
-                )
 
-    score_listed = get_score_listed(THREADS, STAGES, store)
+    score_listed = get_score_listed(THREADS, STAGES, sum_heads)
 
     @T.macro
     def list_and_score(row, first, last):
