@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Dict, Optional
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 import torch
 
@@ -45,9 +45,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+# The arguments that the configuration was last made of, and the configuration.
+_active: Tuple[Any, Optional[MisaConfig]] = (None, None)
+
+
 def active_config() -> Optional[MisaConfig]:
-    """The configuration of this process's server, or None where MISA is off."""
-    return misa_config(get_server_args())
+    """The configuration of this process's server, or None where MISA is off.
+
+    Every layer's call asks for it. Resolved arguments do not change, so it is made once, and reads no environment afterwards.
+    """
+    global _active
+    if (args := get_server_args()) is not _active[0]:
+        _active = args, misa_config(args)
+    return _active[1]
 
 
 def _pools_keys() -> bool:
