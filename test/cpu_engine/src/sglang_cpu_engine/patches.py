@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from sglang_cpu_engine import streams
-from sglang_cpu_engine.kernels import allocator, fused_indexer, page_table, rotary
+from sglang_cpu_engine.kernels import (
+    allocator,
+    fused_indexer,
+    hicache,
+    page_table,
+    rotary,
+)
 from sglang_cpu_engine.kernels.quantization import rotate_activation
 from sglang_cpu_engine.kernels.sparse_attention import forward_flashmla_sparse
 from sglang_cpu_engine.kernels.speculative import seqlens_expand
@@ -48,11 +54,12 @@ class Patch(NamedTuple):
 INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer"
 BACKEND = "sglang.srt.layers.attention.dsa_backend"
 ROPE = "sglang.srt.layers.rotary_embedding"
+CACHE = "sglang.srt.mem_cache"
 
 # fmt: off
 PATCHES = [
     Patch("torch.cuda.get_device_capability", lambda device=None: (9, 0), "the DSA backend and its defaults ask for it"),
-    Patch("torch.cuda.synchronize", lambda device=None: None, "a draft model waits before it shares the embeddings"),
+    Patch("torch.cuda.synchronize", lambda device=None: None, "a draft model waits before it shares the embeddings, a retraction for its copies"),
     # The indexer takes its CUDA branches.
     Patch(f"{INDEXER}._is_cuda", True, "gates the CUDA branches"),
     Patch(f"{INDEXER}.Indexer._weights_proj_bf16_in_fp32_out", _head_gates, "torch.mm takes out_dtype on CUDA only"),
@@ -73,6 +80,12 @@ PATCHES = [
     Patch(f"{ROPE}.rope_variant.DeepseekScalingRotaryEmbedding.forward_native", rotary.rotary_forward, "wrong for a key without heads"),
     # The scheduler's bookkeeping.
     Patch("sglang.srt.mem_cache.allocation.get_last_loc", allocator.get_last_loc, "Triton kernel"),
+    # HiCache, with --hicache-mem-layout page_first_direct --hicache-io-backend direct. Its copies come as late as they may.
+    Patch("sglang.srt.managers.cache_controller.device_module", streams, "does everything at once"),
+    Patch(f"{CACHE}.pool_host.mla.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
+    Patch(f"{CACHE}.pool_host.mla.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
+    Patch(f"{CACHE}.pool_host.base.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
+    Patch(f"{CACHE}.pool_host.common._cuda_host_register", lambda *_: None, "pins memory for CUDA"),
     # LoRA, with --lora-backend torch_native.
     Patch("torch.tensor", _pageable(torch.tensor), "pins memory for CUDA"),
     Patch("torch.zeros", _pageable(torch.zeros), "pins memory for CUDA"),
@@ -80,7 +93,6 @@ PATCHES = [
     # PD disaggregation, with --disaggregation-transfer-backend mooncake: all of SGLang's protocol, and other hands to carry.
     Patch("sglang.srt.distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine", TransferEngine, "needs the package and a network card"),
     Patch("torch.cuda.Event", streams.Event, "is waited for before a cached prefix is sent"),
-    Patch("torch.cuda.synchronize", lambda device=None: None, "waits for what a retraction copies to the host"),
     # Not for the CPU, but for tests: one server takes chunks of several sizes, one after the other.
     Patch("sglang.srt.managers.scheduler.Scheduler.set_internal_state", set_internal_state, "refuses chunked_prefill_size"),
 ]

@@ -5,7 +5,7 @@ from sglang_cpu_engine import streams
 from sglang_cpu_engine.kernels import allocator, hicache, kv_cache
 from sglang_cpu_engine.kernels.mqa_logits import deep_gemm
 from sglang_cpu_engine.kernels.quantization import act_quant
-from sglang_cpu_engine.patches import INDEXER, Patch
+from sglang_cpu_engine.patches import CACHE, INDEXER, Patch
 
 
 class Launch:
@@ -19,7 +19,6 @@ class Launch:
 
 
 KERNELS = "sglang.kernels.ops.attention.dsa"
-CACHE = "sglang.srt.mem_cache"
 
 # fmt: off
 PATCHES = [
@@ -32,15 +31,10 @@ PATCHES = [
     Patch("sglang.srt.mem_cache.allocator.paged.alloc_decode_kernel", Launch(allocator.alloc_decode), "Triton kernel"),
     Patch("sglang.srt.mem_cache.allocation.support_triton", lambda _backend: False, "takes the torch branch"),
     Patch("sglang.srt.model_executor.forward_batch_info.support_triton", lambda _backend: False, "takes the torch branch"),
-    # HiCache, with --hicache-mem-layout page_first_direct --hicache-io-backend direct. Its copies come as late as they may.
-    Patch("sglang.srt.managers.cache_controller.device_module", streams, "does everything at once"),
+    # HiCache, beside what `sglang_cpu_engine.patches` has of it.
     Patch(f"{CACHE}.hybrid_cache.hybrid_cache_controller.device_module", streams, "does everything at once"),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
     Patch(f"{CACHE}.memory_pool_host.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
     Patch(f"{CACHE}.memory_pool_host.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
-    Patch(f"{CACHE}.pool_host.common._cuda_host_register", lambda _buffer: None, "pins memory for CUDA"),
-    Patch(f"{CACHE}.pool_host.base.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
     Patch(f"{CACHE}.memory_pool_host.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
 ]
 # fmt: on

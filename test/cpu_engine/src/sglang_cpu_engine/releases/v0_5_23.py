@@ -5,10 +5,9 @@ from sglang_cpu_engine import streams
 from sglang_cpu_engine.kernels import hicache, kv_cache
 from sglang_cpu_engine.kernels.mqa_logits import deep_gemm
 from sglang_cpu_engine.kernels.quantization import act_quant
-from sglang_cpu_engine.patches import INDEXER, Patch
+from sglang_cpu_engine.patches import CACHE, INDEXER, Patch
 
 KERNELS = "sglang.kernels.ops"
-CACHE = "sglang.srt.mem_cache"
 
 
 def _resolved(function):
@@ -27,14 +26,9 @@ PATCHES = [
     Patch(f"{KERNELS}.kvcache.dsa_index_k_cache.GetKAndS.execute", kv_cache.read_index_k, "Triton kernel"),
     Patch("sglang.srt.mem_cache.memory_pool.set_mla_kv_buffer_dcp_sharded_triton", kv_cache.write_mla_kv, "Triton kernel"),
     Patch("sglang.srt.utils.triton_load_watch.install", lambda: None, "hooks Triton's launches"),
-    # HiCache, with --hicache-mem-layout page_first_direct --hicache-io-backend direct. Its copies come as late as they may.
-    Patch("sglang.srt.managers.cache_controller.device_module", streams, "does everything at once"),
+    # HiCache, beside what `sglang_cpu_engine.patches` has of it.
     Patch(f"{CACHE}.l2_transfer.device_module", streams, "does everything at once"),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
-    Patch(f"{CACHE}.pool_host.mla.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
     Patch(f"{CACHE}.pool_host.dsa.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
     Patch(f"{CACHE}.pool_host.dsa.transfer_kv_all_layer_direct_lf_pf", hicache.store_layers, "CUDA copies", added=True),
-    Patch(f"{CACHE}.pool_host.common._cuda_host_register", lambda *_: None, "pins memory for CUDA"),
-    Patch(f"{CACHE}.pool_host.base.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
 ]
 # fmt: on
