@@ -282,6 +282,16 @@ def test_memory_that_is_given_back(tiny_model, tmp_path):
         check_all(server, config)
 
 
+def ask_together(server, sizes, new_tokens):
+    """A prompt of each size, all at once: each is answered with so many tokens."""
+    with ThreadPoolExecutor(len(sizes)) as threads:
+        answers = [
+            threads.submit(server.generate, tokens(size, size), new_tokens)
+            for size in sizes
+        ]
+        assert all(len(x.result()["output_ids"]) == new_tokens for x in answers)
+
+
 needs_two_gpus = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two GPUs of one host"
 )
@@ -333,12 +343,7 @@ def test_data_parallel_attention(family, tiny_model, tmp_path):
         # The other rank is idle.
         assert len(server.generate(tokens(3000, 1), 40)["output_ids"]) == 40
         sizes = 32000, 2500, 100, 5000, 9000, 64
-        with ThreadPoolExecutor(len(sizes)) as threads:
-            answers = [
-                threads.submit(server.generate, tokens(size, size), 40)
-                for size in sizes
-            ]
-            assert all(len(x.result()["output_ids"]) == 40 for x in answers)
+        ask_together(server, sizes, 40)
         check_all(server, config)
         rows = prompt_rows(server.capture_dir)
         assert len(rows) == 2 and all(rows), "one rank had all prompts"
@@ -368,10 +373,5 @@ def test_context_parallel(family, tiny_model, tmp_path):
             server.reset()
         # Several prompts in a chunk: a rank has other rows of each.
         sizes = 2501, 3001, 900, 2200
-        with ThreadPoolExecutor(len(sizes)) as threads:
-            answers = [
-                threads.submit(server.generate, tokens(size, size), 20)
-                for size in sizes
-            ]
-            assert all(len(x.result()["output_ids"]) == 20 for x in answers)
+        ask_together(server, sizes, 20)
         check_all(server, config)
