@@ -72,7 +72,7 @@ class Ranks:
             seq_lens=lengths.to(self.device),
             seq_lens_cpu=lengths,
             seq_lens_sum=int(lengths.sum()),
-            extend_seq_lens=rows.to(self.device),
+            extend_seq_lens=rows.int().to(self.device),
             extend_seq_lens_cpu=rows.tolist(),
             extend_prefix_lens_cpu=(lengths - rows).tolist(),
             req_pool_indices=torch.arange(len(lengths), device=self.device),

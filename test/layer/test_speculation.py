@@ -50,6 +50,13 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def positions():
+    """Where SGLang would have slots, as on a GPU by default, these are a test's own affair."""
+    with envs.SGLANG_DSA_FUSE_TOPK.override(False):
+        yield
+
+
 def most_rows(device):
     """Draft tokens that there are kernels for."""
     if device == "cpu":
@@ -307,8 +314,7 @@ def test_fused_output_is_slots(name, graph, device, monkeypatch):
     run = Pass(name, 3, device, monkeypatch, SAMPLED)
     metadata = run.metadata(graph)
     padding = (GRAPH_SEQUENCES - len(SEQ_LENS)) * run.rows if graph else 0
-    with envs.SGLANG_DSA_FUSE_TOPK.override(False):
-        chosen = run.call(metadata, padding)[: 4 * run.rows].long().cpu()
+    chosen = run.call(metadata, padding)[: 4 * run.rows].long().cpu()
     with envs.SGLANG_DSA_FUSE_TOPK.override(True):
         slots = run.call(metadata, padding)[: 4 * run.rows].long().cpu()
     requests = run.requests.repeat_interleave(run.rows)
