@@ -22,7 +22,7 @@ from indexer.data import USUAL, Step, layers_needed, make_layers, make_step
 from sglang.srt.layers.misa.batch import Batch, bounds_of
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.indexer import MisaIndexer
-from sglang.srt.layers.misa.row_sharding import gather, part_of, pays, share_of
+from sglang.srt.layers.misa.row_sharding import gather, pays, share_of
 
 TOPK = 2048
 VARIANTS = {
@@ -84,7 +84,7 @@ class Rank:
         rows = share_of(self.step.case.rows, self.ranks, self.rank)
         layer, batch = self.layers[i], self.batch
         if self.ranks > 1:
-            batch = part_of(batch, rows)
+            batch = batch.part(batch.within(rows))
         return self.misa.select(
             q=layer.q[rows],
             weights=layer.weights[rows],
@@ -124,8 +124,9 @@ def measure(runs: dict, iterations: int, start_together) -> dict:
     """Milliseconds of this rank, by run and round; the ranks begin each run together -> {key: [iterations]}."""
     events = {key: [] for key in runs}
     for round in range(iterations):
-        torch.cuda._sleep(timing.HEAD_START_CYCLES)
         for n, (key, run) in enumerate(runs.items()):
+            # The host gets ahead of each run, as it is in a server, however long it took for the last.
+            torch.cuda._sleep(2 * timing.HEAD_START_CYCLES)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start_together()
             start.record()

@@ -105,15 +105,16 @@ def test_counts_are_those_of_the_reference(
     assert len(counts.heads) == HEADS and sum(counts.heads) == slots * len(routed)
 
 
-def test_rows_below_min_context_are_not_counted(monkeypatch, started):
+def test_rows_up_to_min_context_are_not_counted(monkeypatch, started):
     config = replace(CONFIG, min_context=200)
     batch = Batch(LENGTHS, EXTENDS, "cpu", monkeypatch, config=config)
     audited = started(batch)
     batch.select_ragged(method=PAGED)
     audited.collect()
     lengths = torch.cat([s.lengths for s in batch.sequences])
-    rows = [x for x in audit.spread(len(lengths), 16, 7) if lengths[x] >= 200]
-    assert 0 < audited.layers[LAYER].rows == len(rows) < 16
+    routed = (lengths > 200).nonzero()[:, 0].tolist()
+    rows = [routed[x] for x in audit.spread(len(routed), 16, 7)]
+    assert 0 < audited.layers[LAYER].rows == len(rows) < len(routed)
     expected = by_reference(batch, rows)
     assert (audited.layers[LAYER].tokens, audited.layers[LAYER].selected) == expected
 

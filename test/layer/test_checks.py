@@ -181,14 +181,14 @@ def test_sglangs_own_selection(exact):
     for wrong in (positions, twice):
         with pytest.raises(AssertionError):
             check_record(dsa_record(positions=wrong), config, TOPK, exact=exact)
-    # It may select in decode, unless MISA is to, and for prompts below min_context.
+    # It may select in decode, unless MISA is to, and for prompts up to min_context.
     decoded = MisaConfig("sampled", 3, decode="misa")
     with pytest.raises(AssertionError):
         check_record(record, decoded, TOPK, exact=exact)
     prompt = dsa_record(decode=False)
-    check_record(prompt, replace(config, min_context=601), TOPK, exact=exact)
+    check_record(prompt, replace(config, min_context=600), TOPK, exact=exact)
     with pytest.raises(AssertionError):
-        check_record(prompt, replace(config, min_context=600), TOPK, exact=exact)
+        check_record(prompt, replace(config, min_context=599), TOPK, exact=exact)
     # And MISA may not, unless it is to, but where a sequence has several rows.
     routed = make_record(config) | {"decode": True}
     check_record(routed, config, TOPK, exact=exact)

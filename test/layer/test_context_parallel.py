@@ -159,7 +159,7 @@ def test_rows_dealt_out(size, min_context, device, monkeypatch, tmp_path):
         assert torch.equal(out[: len(own)], own)
         assert (out[len(own) :] == -1).all()
         seen = [(r["rid"], n) for r in records for n in r["lengths"].tolist()]
-        assert seen == every[rank::size]
+        assert sorted(seen) == sorted(every[rank::size])
         for record in records:
             check_record(record, config, TOPK, exact=device == "cpu")
 
@@ -202,7 +202,7 @@ def test_what_the_host_knows(size, device, monkeypatch):
 
 def test_short_prompts_are_left_to_sglang(monkeypatch):
     """Each rank decides by its own rows."""
-    config = replace(CONFIG, min_context=700)
+    config = replace(CONFIG, min_context=699)
     batch = Batch([700], [2], "cpu", monkeypatch, config=config)
     ranks = Ranks(batch, 2, monkeypatch)
     assert ranks.select(0, original=lambda *_: "result") == "result"

@@ -11,8 +11,14 @@ from checks import check_record
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
-from sglang.srt.layers.misa import hooks, reference, row_sharding
-from sglang.srt.layers.misa.batch import rows_below
+from sglang.srt.layers.misa import (
+    hooks,
+    indexer,
+    operations,
+    reference,
+    row_sharding,
+)
+from sglang.srt.layers.misa.batch import rows_up_to
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.evaluation import hooks as evaluation
 from sglang.srt.layers.misa.evaluation.capture import load_records
@@ -235,8 +241,8 @@ def test_index_k_that_is_on_its_way(rows, device, monkeypatch):
 
 
 @ROUTERS
-def test_some_prompts_are_below_min_context(config, device, monkeypatch, tmp_path):
-    """The rows that see fewer tokens are spread over the batch, and recorded by themselves."""
+def test_some_rows_are_up_to_min_context(config, device, monkeypatch, tmp_path):
+    """The rows that see so few tokens are spread over the batch, and recorded by themselves."""
     config = replace(config, min_context=200)
     batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, config=config)
 
@@ -244,20 +250,52 @@ def test_some_prompts_are_below_min_context(config, device, monkeypatch, tmp_pat
         return batch.select_ragged(method=PAGED)
 
     out = select()
-    assert batch.counts.counts == {"misa": 104, "all_heads": 240, "dsa": 0}
+    assert batch.counts.counts == {"misa": 103, "all_heads": 241, "dsa": 0}
     again, records = batch.recorded(select, tmp_path)
     assert torch.equal(out, again)
     assert [(r["rid"], len(r["q"]), r["heads"] is None) for r in records] == [
-        ("request-0", 199, True),
-        ("request-0", 101, False),
+        ("request-0", 200, True),
         ("request-1", 1, True),
         ("request-2", 40, True),
+        ("request-0", 100, False),
         ("request-3", 3, False),
     ]
     for record in records:
         check_record(record, config, TOPK, exact=device == "cpu")
-    positions = torch.cat([record["positions"] for record in records])
-    assert torch.equal(positions, out.cpu())
+    few, more, rest, routed, last = (record["positions"] for record in records)
+    assert torch.equal(torch.cat([few, routed, more, rest, last]), out.cpu())
+
+
+@pytest.mark.parametrize("least", [199, 298, 299, 300, 697, 699])
+def test_a_row_costs_what_selects_for_it(least, device, monkeypatch):
+    """In a batch with rows on either side of min_context, none is scored twice."""
+    config = replace(CONFIG, min_context=least, rerank_candidates=192)
+    batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, config=config)
+    scored = []
+
+    class Spy:
+        def __getattr__(self, name):
+            def call(**arguments):
+                scored.append((name, arguments.get("heads") is None, arguments))
+                return getattr(operations.operations(torch.device(device)), name)(
+                    **arguments
+                )
+
+            return call
+
+    monkeypatch.setattr(indexer, "operations", lambda device: Spy())
+    batch.select_ragged(method=PAGED)
+    lengths = torch.cat([s.lengths for s in batch.sequences])
+    few, more = ((lengths <= least).sum(), (lengths > least).sum())
+    rows = [(name, dense, len(given["q"])) for name, dense, given in scored]
+    assert rows == [
+        ("topk_prefill", True, few),
+        ("route_sampled", True, more),
+        ("topk_prefill", False, more),
+        ("rerank", True, more),
+    ]
+    longest = [x["max_context"] for name, _, x in scored if name == "topk_prefill"]
+    assert longest == [int(lengths[lengths <= least].max()), int(lengths.max())]
 
 
 def test_idle_batches(device, monkeypatch):
@@ -344,7 +382,7 @@ def test_sglangs_own_selection_is_recorded(device, monkeypatch, tmp_path):
     after(["e", "f", "g", "h"])
     assert len(load_records(tmp_path / "records")) == 4
     # It leaves a batch of short prompts alone.
-    config = replace(CONFIG, min_context=701)
+    config = replace(CONFIG, min_context=700)
     monkeypatch.setattr(evaluation, "active_config", lambda: config)
     after(["i", "j", "k", "l"])
     *_, record = load_records(tmp_path / "records")
@@ -378,9 +416,9 @@ def test_decode_is_left_to_sglang_by_default(device, monkeypatch):
     assert batch.counts.counts == {"misa": 344, "all_heads": 0, "dsa": 0}
 
 
-@pytest.mark.parametrize("min_context, left", [(700, False), (701, True)])
+@pytest.mark.parametrize("min_context, left", [(699, False), (700, True)])
 def test_short_prompts_are_left_to_sglang(min_context, left, device, monkeypatch):
-    """Where all rows of a batch see fewer tokens than `min_context`, whatever their number."""
+    """Where no row of a batch sees more than `min_context` tokens, whatever their number."""
     config = replace(CONFIG, min_context=min_context)
     batch = Batch(LENGTHS, EXTENDS, device, monkeypatch, config=config)
     original, rows = Original(), sum(EXTENDS)
@@ -459,7 +497,8 @@ def test_ranks_share_the_rows(config, ranks, form, device, monkeypatch, tmp_path
         for record in records
         for length in record["lengths"].tolist()
     ]
-    assert seen == [
+    # Of each rank, those that all heads select for come first.
+    assert sorted(seen) == [
         (f"request-{i}", length)
         for i, (end, count) in enumerate(zip(LENGTHS, EXTENDS))
         for length in range(end - count + 1, end + 1)
@@ -479,7 +518,7 @@ def test_rows_that_are_not_shared(monkeypatch):
     monkeypatch.setattr(row_sharding, "MIN_WORK", 1 << 26)
     batch.select_ragged(method=PAGED)
     monkeypatch.setattr(row_sharding, "MIN_WORK", 1)
-    short = replace(CONFIG, min_context=701)
+    short = replace(CONFIG, min_context=700)
     batch = Batch(LENGTHS, EXTENDS, "cpu", monkeypatch, config=short)
     shared_by(group, monkeypatch)
     assert batch.select_ragged(original=Original(), method=PAGED) == "result"
@@ -550,10 +589,10 @@ def test_two_processes_share_the_rows(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 8, 9, 100])
-def test_rows_below(length):
+def test_rows_up_to(length):
     spans = [range(8, 11), range(5, 10), range(1, 30, 4), range(10, 10)]
     seen = [length for span in spans for length in span]
-    assert rows_below(spans, length) == sum(x < length for x in seen)
+    assert rows_up_to(spans, length) == sum(x <= length for x in seen)
 
 
 def test_sglang_is_left_alone_without_misa(monkeypatch):

@@ -12,7 +12,6 @@ from sglang.srt.layers.misa.indexer import MisaIndexer
 from sglang.srt.layers.misa.row_sharding import (
     MIN_WORK,
     SHARE_MULTIPLE,
-    part_of,
     pays,
     share_of,
     share_size,
@@ -104,7 +103,7 @@ def test_parts(spans, ranks, small_shares):
     count, seen = len(batch.lengths), []
     for rank in range(ranks):
         rows = share_of(count, ranks, rank)
-        part = part_of(batch, rows)
+        part = batch.part(batch.within(rows))
         lengths = part.lengths.tolist()
         assert lengths == batch.lengths[rows].tolist()
         assert part.bounds == (min(lengths, default=0), max(lengths, default=0))
@@ -118,9 +117,7 @@ def test_parts(spans, ranks, small_shares):
 
 CONFIGS = {
     "sampled": MisaConfig(active_heads=3),
-    "re-ranked, some by all heads": MisaConfig(
-        active_heads=3, rerank_candidates=192, min_context=250
-    ),
+    "re-ranked": MisaConfig(active_heads=3, rerank_candidates=192),
     "pooled": MisaConfig("pooled", 3, 128),
     "all heads": MisaConfig(active_heads=HEADS),
 }
@@ -148,7 +145,8 @@ def test_shares_are_what_all_rows_are(config, spans, device, small_shares):
         own = []
         for rank in range(ranks):
             rows = share_of(count, ranks, (rank + shift) % ranks)
-            own.append(select(config, batch, inputs, rows, part_of(batch, rows)))
+            part = batch.part(batch.within(rows))
+            own.append(select(config, batch, inputs, rows, part))
         return torch.cat(own)
 
     assert torch.equal(gathered(0), expected)

@@ -48,7 +48,7 @@ class Fields:
     ] = None
     misa_min_context: A[
         Optional[int],
-        f"Score prompt tokens that see fewer tokens than this with all heads, by SGLang's own indexer where no token of a batch sees as many. By default, on a GPU and with candidates to re-rank, {DEFAULT_MIN_CONTEXT[64]} with 64 indexer heads and {DEFAULT_MIN_CONTEXT[32]} with 32; otherwise 0. Applies to prefill only: in decode and in speculative verify, lengths are not known to the host.",
+        f"Score prompt tokens that see at most so many tokens with all heads, by SGLang's own indexer where no token of a batch sees more. By default, on a GPU and with candidates to re-rank, {DEFAULT_MIN_CONTEXT[64]} with 64 indexer heads and {DEFAULT_MIN_CONTEXT[32]} with 32; otherwise 0. Applies to prefill only: in decode and in speculative verify, lengths are not known to the host.",
         NS("exec.kernel"),
     ] = None
     misa_decode: A[

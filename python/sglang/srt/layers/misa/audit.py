@@ -155,13 +155,10 @@ class Audit:
             selection: what the indexer selected, given the arguments that follow; see `MisaIndexer.select`.
         """
         config, topk = indexer.config, indexer.topk
-        # Of a row that sees fewer tokens all are selected, whichever heads score them, or all heads did.
-        least = topk + 1
-        if batch.bounds is not None:
-            least = max(least, config.min_context)
-            if batch.bounds[1] < least:
-                return
         if selection.heads is None:
+            return
+        # A row that sees no more than are selected gets all, whichever heads score them.
+        if batch.bounds is not None and batch.bounds[1] <= topk:
             return
         number = self._last = self._step()
         sample, index = batch.only(spread(len(q), ROWS, seed=number))
@@ -179,7 +176,7 @@ class Audit:
             selection.indices[index],
             wanted.indices,
             selection.heads[index],
-            sample.lengths >= least,
+            sample.lengths > topk,
             q.shape[1],
         )
         if not self._pending or self._pending[-1].number != number:

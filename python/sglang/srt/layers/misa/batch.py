@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from bisect import bisect, bisect_left
+from bisect import bisect
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Iterator, List, Optional, Tuple
 
@@ -54,15 +54,44 @@ class Batch:
             yield index, slice(start, start + count)
             start += count
 
-    def truncated(self, length: int) -> Batch:
-        """The same rows, seeing at most the first `length` tokens; extend only."""
-        assert self.bounds is not None, "in decode the host does not know the lengths"
-        least, largest = self.bounds
+    def within(self, rows: slice) -> List[slice]:
+        """Of each sequence those rows that are among `rows`."""
+        parts = []
+        for _, mine in self.sequences():
+            start = min(max(mine.start, rows.start), mine.stop)
+            parts.append(slice(start, max(start, min(mine.stop, rows.stop))))
+        return parts
+
+    def cut(self, length: int) -> Tuple[List[slice], List[slice]]:
+        """Of each sequence of an extend batch the rows that see at most `length` tokens, and those that see more."""
+        assert self.spans is not None, "in decode the host does not know the lengths"
+        few, more = [], []
+        for (_, rows), span in zip(self.sequences(), self.spans):
+            end = rows.start + bisect(span, length)
+            few.append(slice(rows.start, end))
+            more.append(slice(end, rows.stop))
+        return few, more
+
+    def part(self, rows: List[slice]) -> Batch:
+        """Some rows of an extend batch. Its sequences stay, those that have none of the rows without any.
+
+        Args:
+            rows: those of each sequence, as `within` and `cut` give them.
+        """
+        assert self.spans is not None, "in decode the host does not know the lengths"
+        spans = [
+            span[kept.start - all_rows.start : kept.stop - all_rows.start]
+            for (_, all_rows), span, kept in zip(self.sequences(), self.spans, rows)
+        ]
+        counts = [len(span) for span in spans]
+        cu_rows = list(itertools.accumulate(counts, initial=0))
         return replace(
             self,
-            lengths=self.lengths.clamp(max=length),
-            bounds=(min(least, length), min(largest, length)),
-            spans=None,
+            cu_rows=self._on_device(cu_rows, torch.int32),
+            lengths=pick(self.lengths, rows),
+            rows=counts,
+            bounds=bounds_of(spans),
+            spans=spans,
         )
 
     def only(self, rows: List[int]) -> Tuple[Batch, torch.Tensor]:
@@ -90,6 +119,28 @@ class Batch:
         device = self.lengths.device
         pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
         return pinned.to(device, non_blocking=True)
+
+
+def joined(rows: List[slice]) -> List[slice]:
+    """The same rows in as few pieces as they have."""
+    pieces: List[slice] = []
+    for piece in rows:
+        if piece.start == piece.stop:
+            continue
+        if pieces and pieces[-1].stop == piece.start:
+            piece = slice(pieces.pop().start, piece.stop)
+        pieces.append(piece)
+    return pieces
+
+
+def pick(x: torch.Tensor, rows: List[slice]) -> torch.Tensor:
+    """Some rows of a tensor: a view where they are one piece that begins at a multiple of 256 bytes, as tensors do."""
+    pieces = joined(rows)
+    if len(pieces) == 1 and pieces[0].start * x.stride(0) * x.element_size() % 256 == 0:
+        return x[pieces[0]]
+    # On a CPU, torch.cat takes no float8.
+    values = x.view(torch.uint8) if x.element_size() == 1 else x
+    return torch.cat([values[piece] for piece in pieces] or [values[:0]]).view(x.dtype)
 
 
 def _is_split(forward_batch: ForwardBatch) -> bool:
@@ -131,9 +182,9 @@ def extend_rids(forward_batch: ForwardBatch) -> List[str]:
     return [rid for rid, span in zip(forward_batch.rids, spans) if span]
 
 
-def rows_below(spans: List[range], length: int) -> int:
-    """How many rows of an extend batch see fewer tokens than `length`."""
-    return sum(bisect_left(span, length) for span in spans)
+def rows_up_to(spans: List[range], length: int) -> int:
+    """How many rows of an extend batch see at most `length` tokens."""
+    return sum(bisect(span, length) for span in spans)
 
 
 def bounds_of(spans: List[range]) -> Tuple[int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -17,7 +17,9 @@ from sglang.srt.layers.misa.batch import (
     attention_output,
     decode_batch,
     extend_batch,
-    rows_below,
+    joined,
+    pick,
+    rows_up_to,
 )
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang.srt.layers.misa.index_k_cache import BYTES_PER_KEY
@@ -25,7 +27,7 @@ from sglang.srt.layers.misa.indexer import MisaIndexer, Selection
 from sglang.srt.layers.misa.metrics import ROWS, AuditMetrics, export
 from sglang.srt.layers.misa.patching import check_engaged, check_objects, indexers
 from sglang.srt.layers.misa.pooled_keys import BYTES_PER_TOKEN, PooledKeys
-from sglang.srt.layers.misa.row_sharding import gather, part_of, pays, share_of
+from sglang.srt.layers.misa.row_sharding import gather, pays, share_of
 from sglang.srt.layers.misa.server_args import misa_config
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.runtime_context import get_parallel, get_server_args
@@ -71,7 +73,7 @@ def _pools_keys() -> bool:
 def misa_selects(config: MisaConfig, batch: Batch) -> bool:
     """Whether MISA selects for the rows of a batch, or SGLang's own indexer does, with all heads."""
     if batch.bounds is not None:
-        return batch.bounds[1] >= config.min_context
+        return not config.min_context or batch.bounds[1] > config.min_context
     # Several rows a sequence, of a speculative verify or a draft extend, share what reading the keys costs.
     return config.decode == "misa" or batch.rows_per_seq > 1
 
@@ -203,24 +205,51 @@ def _select_all(
         return select(call, config, batch, output, offsets).indices
     rows, group = len(batch.lengths), sharing(batch)
     if group is None:
-        selection = select(call, config, batch, output, offsets)
-        indices = selection.indices
+        indices = _select_own(call, config, batch, output, offsets)
     else:
         mine = share_of(rows, group.world_size, group.rank_in_group)
-        selection = select(
-            replace(call, q=call.q[mine], weights=call.weights[mine]),
-            config,
-            part_of(batch, mine),
-            output,
-            None if offsets is None else offsets[mine],
-        )
-        indices = gather(selection.indices, rows, group)
+        part = _part(call, batch, batch.within(mine), offsets)
+        indices = gather(_select_own(config=config, output=output, **part), rows, group)
     # Every rank counts all rows, whoever selected for them: SGLang exports what one rank of a group has counted.
     by_all = rows
-    if selection.heads is not None:
-        by_all = rows_below(batch.spans, config.dense_below(call.topk))
+    if config.active_heads < call.q.shape[1]:
+        by_all = rows_up_to(batch.spans, config.dense_up_to(call.topk))
     ROWS.add("all_heads", by_all)
     ROWS.add("misa", rows - by_all)
+    return indices
+
+
+def _part(
+    call: Call, batch: Batch, rows: List[slice], offsets: Optional[torch.Tensor]
+) -> Dict[str, Any]:
+    """The arguments of `_select_own` for some rows of each sequence."""
+    call = replace(call, q=pick(call.q, rows), weights=pick(call.weights, rows))
+    offsets = None if offsets is None else pick(offsets, rows)
+    return {"call": call, "batch": batch.part(rows), "offsets": offsets}
+
+
+def _select_own(
+    call: Call,
+    config: MisaConfig,
+    batch: Batch,
+    output: str,
+    offsets: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """What this rank selects for the rows of an extend batch, by all heads for those that see too few tokens."""
+    assert batch.bounds is not None, "in decode no row is told apart"
+    num_heads, length = call.q.shape[1], config.dense_up_to(call.topk)
+    if batch.bounds[0] > length or config.active_heads >= num_heads:
+        return select(call, config, batch, output, offsets).indices
+    indices = call.q.new_empty(len(batch.lengths), call.topk, dtype=torch.int32)
+    all_heads = replace(config, active_heads=num_heads)
+    for rows, scoring in zip(batch.cut(length), (all_heads, config)):
+        if not (pieces := joined(rows)):
+            continue
+        part = _part(call, batch, rows, offsets)
+        selected = select(config=scoring, output=output, **part).indices
+        sizes = [piece.stop - piece.start for piece in pieces]
+        for piece, own in zip(pieces, selected.split(sizes)):
+            indices[piece] = own
     return indices
 
 

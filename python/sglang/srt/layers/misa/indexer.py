@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Dict, Optional
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional
 
 import torch
 
@@ -21,14 +21,12 @@ class Selection:
         heads: int32 [T, h], ascending, the routed heads; None where all heads scored all rows.
         shared_q: float8_e4m3fn [T, 128], the query of the head beside those; None where there is none.
         shared_scale: float32 [T], its scale.
-        dense: bool [T], the rows that all heads scored although `heads` names some; None for none.
     """
 
     indices: torch.Tensor
     heads: Optional[torch.Tensor] = None
     shared_q: Optional[torch.Tensor] = None
     shared_scale: Optional[torch.Tensor] = None
-    dense: Optional[torch.Tensor] = None
 
 
 @dataclass
@@ -75,57 +73,31 @@ class MisaIndexer:
                 **form,
             )
             return Selection(best)
-        if config.rerank_candidates:
-            selection = self._routed(
-                q=q,
-                weights=weights,
-                index_k=index_k,
-                pooled_keys=pooled_keys,
-                batch=batch,
-                topk=config.rerank_candidates,
-            )
-            # Candidates are gathered row by row: there is nothing to share.
-            page_table, cu_rows = batch.by_row or (batch.page_table, batch.cu_rows)
-            selection.indices = operations(q.device).rerank(
-                q=q,
-                weights=weights,
-                candidates=selection.indices,
-                index_k=index_k,
-                page_table=page_table,
-                cu_rows=cu_rows,
-                lengths=batch.lengths,
-                topk=self.topk,
-                **form,
-                **self.forced,
-            )
-        else:
-            selection = self._routed(
-                q=q,
-                weights=weights,
-                index_k=index_k,
-                pooled_keys=pooled_keys,
-                batch=batch,
-                topk=self.topk,
-                **form,
-            )
-        # Decode routes all rows.
-        if batch.bounds is None or batch.bounds[0] >= config.dense_below(self.topk):
-            return selection
-
-        # Rows that see too few tokens are not a contiguous part of the batch. All rows are scored again, as if none saw
-        # more than those do: no row is gathered, and the host need not know which they are.
-        dense = batch.lengths < config.min_context
-        best = self._best(
+        tensors: Dict[str, Any] = {
+            "q": q,
+            "weights": weights,
+            "index_k": index_k,
+            "pooled_keys": pooled_keys,
+            "batch": batch,
+        }
+        if not config.rerank_candidates:
+            return self._routed(**tensors, topk=self.topk, **form)
+        selection = self._routed(**tensors, topk=config.rerank_candidates)
+        # Candidates are gathered row by row: there is nothing to share.
+        page_table, cu_rows = batch.by_row or (batch.page_table, batch.cu_rows)
+        selection.indices = operations(q.device).rerank(
             q=q,
             weights=weights,
-            heads=None,
+            candidates=selection.indices,
             index_k=index_k,
-            batch=batch.truncated(config.min_context - 1),
+            page_table=page_table,
+            cu_rows=cu_rows,
+            lengths=batch.lengths,
             topk=self.topk,
             **form,
+            **self.forced,
         )
-        indices = torch.where(dense[:, None], best, selection.indices)
-        return replace(selection, indices=indices, dense=dense)
+        return selection
 
     def _routed(
         self,

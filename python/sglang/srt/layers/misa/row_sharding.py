@@ -12,18 +12,14 @@ times on four ranks; shares of equal work would be of uneven size there, and gat
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from sglang.srt.layers.misa.batch import Batch, bounds_of
-
 if TYPE_CHECKING:
     from sglang.srt.distributed.parallel_state import GroupCoordinator
 
-# A share is so many rows or a multiple of it: whole tiles of the kernels, and the rows' lengths begin at a multiple of 256 bytes, as
-# those of a tensor of their own would.
+# A share is so many rows or a multiple of it: whole tiles of the kernels, and no tensor of the share is a copy (see `batch.pick`).
 SHARE_MULTIPLE = 64
 # What a row costs whatever it sees, the re-ranking above all, in tokens scored; measured (benchmark/results) between 27K, without
 # re-ranking, and 85K.
@@ -49,28 +45,6 @@ def pays(rows: int, context: int, ranks: int) -> bool:
     """Whether to share `rows`, of which one sees `context` tokens and none sees more, among `ranks`, so that none goes without."""
     enough = rows * (context + ROW_TOKENS) >= MIN_WORK
     return ranks > 1 and enough and share_of(rows, ranks, ranks - 1).start < rows
-
-
-def part_of(batch: Batch, rows: slice) -> Batch:
-    """Some rows of an extend batch. Its sequences stay, those that have none of the rows without any.
-
-    Args:
-        rows: from `start` to `stop`, both within the batch.
-    """
-    assert batch.spans is not None, "in decode rows are not shared"
-    mine, before = [], 0
-    for span in batch.spans:
-        start, stop = max(0, rows.start - before), max(0, rows.stop - before)
-        mine.append(span[start:stop])
-        before += len(span)
-    return replace(
-        batch,
-        cu_rows=(batch.cu_rows - rows.start).clamp(0, rows.stop - rows.start),
-        lengths=batch.lengths[rows],
-        rows=[len(span) for span in mine],
-        bounds=bounds_of(mine),
-        spans=mine,
-    )
 
 
 def gather(own: torch.Tensor, rows: int, group: GroupCoordinator) -> torch.Tensor:

@@ -160,45 +160,35 @@ class Recording:
         selection: Selection,
         router: Optional[str],
     ) -> None:
-        """Record every request's rows, those that all heads scored by themselves."""
+        """Record every request's rows."""
         pool = get_token_to_kv_pool()
         decode, forward_batch = batch.bounds is None, call.forward_batch
         rids = forward_batch.rids if decode else extend_rids(forward_batch)
         # Sequences behind those of the requests are padding, of data parallelism.
         for (index, rows), rid in zip(batch.sequences(), rids):
-            routed = selection.heads, selection.shared_q, selection.shared_scale
-            nothing = None, None, None
-            parts = [(rows, routed)]
-            if selection.dense is not None:
-                # The first rows of a sequence are those that see the fewest tokens.
-                cut = rows.start + int(selection.dense[rows].sum())
-                parts = [
-                    (slice(rows.start, cut), nothing),
-                    (slice(cut, rows.stop), routed),
-                ]
-            for part, scorers in parts:
-                if part.start == part.stop:
-                    continue
-                heads, shared_q, shared_scale = (
-                    None if x is None else x[part] for x in scorers
-                )
-                self.recorder.record(
-                    layer_id=call.layer_id,
-                    rid=rid,
-                    draft=call.draft,
-                    decode=decode,
-                    router=router,
-                    q=call.q[part],
-                    weights=call.weights[part].squeeze(-1),
-                    lengths=batch.lengths[part],
-                    index_k=pool.get_index_k_with_scale_buffer(call.layer_id),
-                    page_table=batch.page_table[index],
-                    pooled_keys=None if router is None else call.pooled_keys,
-                    heads=heads,
-                    shared_q=shared_q,
-                    shared_scale=shared_scale,
-                    positions=selection.indices[part],
-                )
+            if rows.start == rows.stop:
+                continue
+            heads, shared_q, shared_scale = (
+                None if x is None else x[rows]
+                for x in (selection.heads, selection.shared_q, selection.shared_scale)
+            )
+            self.recorder.record(
+                layer_id=call.layer_id,
+                rid=rid,
+                draft=call.draft,
+                decode=decode,
+                router=router,
+                q=call.q[rows],
+                weights=call.weights[rows].squeeze(-1),
+                lengths=batch.lengths[rows],
+                index_k=pool.get_index_k_with_scale_buffer(call.layer_id),
+                page_table=batch.page_table[index],
+                pooled_keys=None if router is None else call.pooled_keys,
+                heads=heads,
+                shared_q=shared_q,
+                shared_scale=shared_scale,
+                positions=selection.indices[rows],
+            )
 
     def after_attention(
         self, _, backend, q, k, v, layer, forward_batch, *args, q_rope=None, **kwargs
