@@ -61,7 +61,7 @@ class MisaIndexer:
             offsets: int32 [T], for "ragged".
         """
         config = self.config
-        form = {"output": output, "offsets": offsets}
+        form: Dict[str, Any] = {"output": output, "offsets": offsets}
         if config.active_heads >= q.shape[1]:
             best = self._best(
                 q=q,
