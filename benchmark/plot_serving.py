@@ -1,11 +1,12 @@
-"""Draws what bench_serving_misa.py wrote, a row of four plots for each model, into a PNG beside it.
+"""Draws what bench_serving_misa.py wrote, a row of plots for each model, into a PNG beside it.
 
-Time to first token and time per output token over the context, at the least concurrency; throughput over the heads that score; and
-throughput a GPU against what a user sees, tokens a second, a line for each variant over the concurrency.
+Time to first token and time per output token over the context, at the least concurrency; where several were measured, throughput over the
+heads that score, and throughput a GPU against what a user sees, tokens a second, a line for each variant over the concurrency.
 """
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Dict, List
 
@@ -89,21 +90,27 @@ def draw_pareto(axes, records: List[Dict]) -> None:
 def draw(records: List[Dict], output: Path) -> None:
     records = [record for record in records if not record["cache_hit"]]
     models = list(dict.fromkeys(map(served, records)))
-    figure, rows = plt.subplots(
-        len(models), 4, figsize=(22, 5 * len(models)), squeeze=False
-    )
+    figure = plt.figure(figsize=(22, 5.5 * len(models)), layout="constrained")
+    figure.suptitle(f"Serving on {records[0]['device']}")
+    rows = figure.subfigures(len(models), squeeze=False)[:, 0]
     for model, row in zip(models, rows):
+        row.suptitle(textwrap.fill(model, 200), fontsize=9)
         mine = [record for record in records if served(record) == model]
-        draw_over_context(row[0], mine, "ttft_ms", f"{model}: time to first token")
-        draw_over_context(row[1], mine, "tpot_ms", "time per output token")
-        draw_over_heads(row[2], mine)
-        draw_pareto(row[3], mine)
-        for axes in row:
+        heads = {record["active_heads"] for record in mine if record["active_heads"]}
+        users = {record["concurrency"] for record in mine}
+        # What would be a point in the others is no plot.
+        count = 2 + (len(heads) > 1) + (len(users) > 1)
+        plots = iter(row.subplots(1, count))
+        draw_over_context(next(plots), mine, "ttft_ms", "time to first token")
+        draw_over_context(next(plots), mine, "tpot_ms", "time per output token")
+        if len(heads) > 1:
+            draw_over_heads(next(plots), mine)
+        if len(users) > 1:
+            draw_pareto(next(plots), mine)
+        for axes in row.axes:
             axes.set_ylim(bottom=0)
             axes.grid(axis="y", alpha=0.3)
             axes.legend(fontsize=7)
-    figure.suptitle(f"Serving on {records[0]['device']}")
-    figure.tight_layout()
     figure.savefig(output, dpi=120)
     plt.close(figure)
 
