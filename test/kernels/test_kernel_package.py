@@ -19,10 +19,7 @@ from sgl_kernel_misa import device as devices
 from sgl_kernel_misa import (
     library,
     pooled_keys,
-    prefill,
-    reranking,
     routing,
-    sampled_routing,
 )
 from sgl_kernel_misa.constants import RERANK_CAPACITIES
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -354,9 +351,13 @@ def launches(monkeypatch):
                 struct.pack(library._TYPES[kind][1], arguments[argument])
         found.append((name, arguments))
 
-    modules = decode, pooled_keys, prefill, reranking, routing, sampled_routing
-    for module in modules:
+    def launch_prepared(prepared, *tensors):
+        given = dict(zip(prepared.tensors, tensors, strict=True))
+        launch(prepared.name, **given, **prepared.numbers)
+
+    for module in (decode, pooled_keys, routing):
         monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(library.Launch, "__call__", launch_prepared)
 
     def launches_of(op, sms=H100, **changes):
         monkeypatch.setattr(devices, "_num_sms", lambda index: sms)
@@ -478,6 +479,70 @@ def test_grids_follow_the_device(launches):
         assert score["blocks"] == 2 * sms
         (_, score), _ = launches("topk_decode", sms, heads=None)
         assert score["blocks"] == sms
+
+
+class Compiled:
+    """A compiled library, and the calls of its functions."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def function(*values):
+            self.calls.append((name, *values))
+            return 0
+
+        return function
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A library with the kernel `scale` on device 0. A tensor's first value says on what device it is."""
+    compiled, device = Compiled(), 0
+    arguments = [
+        *(("q", "pointer"), ("out", "pointer")),
+        *(("rows", "int32"), ("factor", "float32")),
+    ]
+    kernel = library._Kernel(compiled, "scale", arguments, device)
+    monkeypatch.setitem(library._kernels, device, {"scale": kernel})
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(tensor[0]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    stream = "_cuda_getCurrentRawStream"
+    monkeypatch.setattr(torch._C, stream, lambda device: 7, raising=False)
+    return compiled
+
+
+def test_a_launch_that_is_prepared(compiled):
+    """Is the same each time, in whatever order its arguments are named, and takes no tensor of another device."""
+    q, out, other = torch.zeros(2), torch.zeros(2), torch.ones(2)
+    call = ("scale_call", q.data_ptr(), out.data_ptr(), 3, 0.5, 7)
+    library.launch("scale", out=out, q=q, factor=0.5, rows=3)
+    assert compiled.calls == [("scale_init",), call]
+    compiled.calls.clear()
+    prepared = library.Launch("scale", ("out", "q"), factor=0.5, rows=3)
+    for count in (1, 2, 3):
+        prepared(out, q)
+        assert compiled.calls == [call] * count
+    with pytest.raises(TypeError, match="q is .*, not a tensor on cuda:0"):
+        prepared(out, other)
+    assert len(compiled.calls) == 3
+
+
+@pytest.mark.parametrize(
+    "tensors, numbers, message",
+    [
+        (("q", "oot"), {"rows": 3, "factor": 0.5}, "out is missing; oot is unknown"),
+        (("q", "out"), {"rows": 3}, "factor is missing"),
+        (("q", "out"), {"rows": 1 << 31, "factor": 0.5}, "rows is 2147483648"),
+        (("q", "out"), {"rows": 3, "factor": 0.5, "n": 1}, "n is unknown"),
+    ],
+)
+def test_a_launch_that_does_not_fit(compiled, tensors, numbers, message):
+    prepared = library.Launch("scale", tensors, **numbers)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=message):
+            prepared(torch.zeros(2), torch.zeros(2))
+    assert not compiled.calls
 
 
 @pytest.mark.parametrize("ctas_per_sm", [1, 2])

@@ -10,11 +10,14 @@ import json
 import struct
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 
 LIB = Path(__file__).parent / "lib"
+
+# Shapes of which an operation keeps its launches. A step calls it with the same ones in every layer.
+SHAPES = 64
 
 # How an argument is passed, and how its range is checked: ctypes cuts integers down without a word, struct does not.
 _TYPES = {
@@ -63,33 +66,45 @@ class _Kernel:
         self._ready = False
 
     def launch(self, arguments: Dict[str, Any]) -> None:
-        device = self.device
         try:
             tensors = self._get_tensors(arguments)
             numbers = self._get_numbers(arguments)
-            on_device = set(map(torch.Tensor.get_device, tensors)) == {device}
             self._check(*numbers)
+            launched = len(tensors) + len(numbers) == len(arguments)
+            launched = launched and self.run(tensors, numbers)
         except (KeyError, TypeError, struct.error) as error:
             raise self._mismatch(arguments) from error
-        if not on_device or len(tensors) + len(numbers) != len(arguments):
+        if not launched:
             raise self._mismatch(arguments)
-        values = [
-            *map(torch.Tensor.data_ptr, tensors),
-            *numbers,
-            torch._C._cuda_getCurrentRawStream(device),
-        ]
+
+    def places(self, names: Tuple[str, ...]) -> Callable[[Tuple], Tuple]:
+        """What puts tensors that are given in the order of `names` into the kernel's own."""
+        return itemgetter(*map(names.index, self._tensors))
+
+    def values(self, numbers: Dict[str, Any]) -> Tuple:
+        """The numbers in the kernel's own order."""
+        return self._get_numbers(numbers)
+
+    def run(self, tensors: Tuple[torch.Tensor, ...], numbers: Tuple) -> bool:
+        """Launch with arguments in the kernel's own order; False if a tensor is on another device."""
+        device = self.device
+        if set(map(torch.Tensor.get_device, tensors)) != {device}:
+            return False
         if torch.cuda.current_device() == device:
-            self._run(values)
+            self._run(tensors, numbers)
         else:
             with torch.cuda.device(device):
-                self._run(values)
+                self._run(tensors, numbers)
+        return True
 
-    def _run(self, values: List[Any]) -> None:
+    def _run(self, tensors: Tuple[torch.Tensor, ...], numbers: Tuple) -> None:
         if not self._ready:
             if self._init():
                 raise self._failure()
             self._ready = True
-        if self._call(*values):
+        pointers = map(torch.Tensor.data_ptr, tensors)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        if self._call(*pointers, *numbers, stream):
             raise self._failure()
 
     def _failure(self) -> RuntimeError:
@@ -156,6 +171,40 @@ def launch(name: str, /, **arguments: Union[torch.Tensor, int, float]) -> None:
             f"there is no kernel {name} in the library; it has {', '.join(kernels)}"
         )
     kernel.launch(arguments)
+
+
+class Launch:
+    """A launch of a kernel with numbers that are given beforehand, for an operation that is called again with the same ones.
+
+    The first call on a device checks everything, as `launch` does. Later ones check what device the tensors are on.
+    """
+
+    def __init__(self, name: str, tensors: Tuple[str, ...], /, **numbers: float):
+        """
+        Args:
+            name: a kernel of the library.
+            tensors: the names of its tensors, in the order in which a call gives them.
+            numbers: the kernel's other arguments.
+        """
+        self.name, self.tensors, self.numbers = name, tensors, numbers
+        self._bound: Dict[int, Tuple[_Kernel, Callable, Tuple]] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Launch on the current stream of the tensors' device.
+
+        Raises:
+            TypeError, RuntimeError: as `launch`.
+        """
+        device = tensors[0].get_device()
+        if bound := self._bound.get(device):
+            kernel, places, values = bound
+            if kernel.run(places(tensors), values):
+                return
+        given = dict(zip(self.tensors, tensors, strict=True))
+        launch(self.name, **given, **self.numbers)
+        kernel = _kernels[device][self.name]
+        values = kernel.values(self.numbers)
+        self._bound[device] = kernel, kernel.places(self.tensors), values
 
 
 def check_device(device: Optional[Union[torch.device, str, int]] = None) -> None:

@@ -5,7 +5,8 @@ bracket its k-th score; scoring leaves two bits a token; selection scores what l
 whatever the thresholds were.
 """
 
-from typing import Optional
+import functools
+from typing import List, NamedTuple, Optional
 
 import torch
 from sgl_kernel_misa import checks
@@ -18,7 +19,7 @@ from sgl_kernel_misa.constants import (
     rows_per_tile,
 )
 from sgl_kernel_misa.device import num_sms
-from sgl_kernel_misa.library import launch
+from sgl_kernel_misa.library import SHAPES, Launch
 from sgl_kernel_misa.registration import launching, operation
 from sgl_kernel_misa.tensors import keys_and_scales, no_offsets, slots
 
@@ -83,48 +84,100 @@ def topk_prefill(
     if not launching(q):
         return out
 
-    rows = q.shape[0]
+    scoring, slots_of = slots(q, weights, heads, shared_q, shared_scale)
+    active = slots_of["active"]
+    chain = _chain(
+        scoring,
+        num_sms(q.device),
+        rows=q.shape[0],
+        batch=batch,
+        context=context,
+        max_pages=max_pages,
+        table_stride=page_table.stride(0),
+        pages=index_k.shape[0],
+        shared=slots_of["shared"],
+        num_heads=slots_of["num_heads"],
+        active_heads=slots_of["active_heads"],
+        topk=topk,
+        init_tokens=init_tokens,
+        local_tokens=local_tokens,
+        form=FORMS[output],
+    )
+    samples = index_k.new_empty(batch, chain.sample_pages, PAGE_BYTES)
+    chain.sample(index_k, page_table, cu_rows, lengths, samples)
+
+    queries = q, weights, active, slots_of["shared_q"], slots_of["shared_scale"]
+    rows_of = page_table, cu_rows, lengths
+    sample_keys = keys_and_scales(samples.view(-1, PAGE_BYTES))
+    keys = keys_and_scales(index_k)
+    offsets = no_offsets(lengths) if offsets is None else offsets
+    sampled = weights.new_empty(chain.slots, chain.sample_pages * PAGE_SIZE)
+    thresholds = weights.new_empty(chain.slots, 3)
+    planes = lengths.new_empty(chain.slots, 2, chain.words)
+    for part in chain.parts:
+        part.score_samples(*queries, *sample_keys, *rows_of, thresholds, sampled)
+        part.threshold(sampled, cu_rows, lengths, thresholds)
+        part.score_planes(*queries, *keys, *rows_of, thresholds, planes)
+        part.select(*queries, *keys, *rows_of, thresholds, planes, offsets, out)
+    return out
+
+
+QUERIES = "q", "weights", "active", "shared_q", "shared_scale"
+ROWS_OF = "page_table", "cu_rows", "lengths"
+SCORED = (*QUERIES, "keys", "scales", *ROWS_OF, "thresholds")
+
+
+class _Part(NamedTuple):
+    """The launches for a chunk of the tiles, in their order."""
+
+    score_samples: Launch
+    threshold: Launch
+    score_planes: Launch
+    select: Launch
+
+
+class _Chain(NamedTuple):
+    """The launches for a batch's shapes, and the sizes of their workspace: rows, pages of samples, words of a bit plane."""
+
+    slots: int
+    sample_pages: int
+    words: int
+    sample: Launch
+    parts: List[_Part]
+
+
+@functools.lru_cache(maxsize=SHAPES)
+def _chain(
+    scoring: int,
+    sms: int,
+    *,
+    rows: int,
+    batch: int,
+    context: int,
+    max_pages: int,
+    table_stride: int,
+    pages: int,
+    shared: int,
+    num_heads: int,
+    active_heads: int,
+    topk: int,
+    init_tokens: int,
+    local_tokens: int,
+    form: int,
+) -> _Chain:
     spans = max(1, -(-context // SPAN))
     words = spans * SPAN // 32
-    sms = num_sms(q.device)
-    scoring, slots_of = slots(q, weights, heads, shared_q, shared_scale)
     tile_rows = rows_per_tile(scoring)
-    keys, scales = keys_and_scales(index_k)
-    rows_of = dict(cu_rows=cu_rows, lengths=lengths)
-    queries = dict(
-        q=q,
-        weights=weights,
-        **slots_of,
-        rows=rows,
-    )
-    table = dict(page_table=page_table, batch=batch, table_stride=page_table.stride(0))
-
     shift = SHORT_SAMPLE_SHIFT if context <= SHORT_CONTEXT else SAMPLE_SHIFT
     sample_pages = max(1, -(-context // (PAGE_SIZE << shift)))
-    samples = index_k.new_empty(batch, sample_pages, PAGE_BYTES)
-    launch(
-        "sample",
-        index_k=index_k,
-        out=samples,
-        **rows_of,
-        **table,
-        rows=rows,
-        pages=index_k.shape[0],
-        max_pages=max_pages,
-        sample_pages=sample_pages,
-        sample_shift=shift,
-    )
-    sample_keys, sample_scales = keys_and_scales(samples.view(-1, PAGE_BYTES))
+    width = sample_pages * PAGE_SIZE
 
     # Sequences begin new tiles, padding rows form one more sequence.
     tiles = rows // tile_rows + batch + 1
-    slot_bytes = sample_pages * PAGE_SIZE * 4 + 2 * words * 4
+    slot_bytes = width * 4 + 2 * words * 4
     chunk = max(1, WORKSPACE_BYTES // (slot_bytes * tile_rows))
     chunk = min(chunk, tiles)
     row_slots = chunk * tile_rows
-    sampled = weights.new_empty(row_slots, sample_pages * PAGE_SIZE)
-    thresholds = weights.new_empty(row_slots, 3)
-    planes = lengths.new_empty(row_slots, 2, words)
 
     # A CTA begins by collecting its queries, which takes as long as several pages: two waves of CTAs, one for samples.
     span_pages = SPAN // PAGE_SIZE
@@ -132,90 +185,89 @@ def topk_prefill(
     split_sample_pages = -(-sample_pages // max(1, sms // chunk))
     small, large = SELECT_CAPACITIES
     capacity = small if topk <= 8192 else large
-    for first in range(0, tiles, chunk):
+
+    table = dict(rows=rows, batch=batch, table_stride=table_stride)
+    scored = dict(
+        **table,
+        shared=shared,
+        num_heads=num_heads,
+        active_heads=active_heads,
+        topk=topk,
+    )
+    forced = dict(init_tokens=init_tokens, local_tokens=local_tokens)
+
+    def part(first: int) -> _Part:
         count = min(chunk, tiles - first)
-        launch(
-            f"score_samples_{scoring}",
-            **queries,
-            **rows_of,
-            **table,
-            keys=sample_keys,
-            scales=sample_scales,
-            pages=batch * sample_pages,
-            max_pages=sample_pages,
-            thresholds=thresholds,
-            out=sampled,
+        scoring_of = dict(
+            **scored,
             slots=row_slots,
-            width=sample_pages * PAGE_SIZE,
             first_tile=first,
             tiles=count,
-            splits=-(-sample_pages // split_sample_pages),
-            split_pages=split_sample_pages,
             sample_shift=shift,
-            topk=topk,
-            init_tokens=0,
-            local_tokens=0,
         )
-        launch(
-            "threshold",
-            samples=sampled,
-            **rows_of,
-            out=thresholds,
-            batch=batch,
-            first_tile=first,
-            tile_rows=tile_rows,
-            topk=topk,
-            sample_shift=shift,
-            room=capacity >> shift,
-            # Too many above the high threshold all become candidates: little is lost while they fit.
-            deviations=2 if topk + topk // 4 <= capacity else 3,
-            rows=rows,
-            bounds=batch + 1,
-            slots=count * tile_rows,
-            width=sample_pages * PAGE_SIZE,
+        return _Part(
+            score_samples=Launch(
+                f"score_samples_{scoring}",
+                (*SCORED, "out"),
+                **scoring_of,
+                pages=batch * sample_pages,
+                max_pages=sample_pages,
+                width=width,
+                splits=-(-sample_pages // split_sample_pages),
+                split_pages=split_sample_pages,
+                init_tokens=0,
+                local_tokens=0,
+            ),
+            threshold=Launch(
+                "threshold",
+                ("samples", "cu_rows", "lengths", "out"),
+                batch=batch,
+                first_tile=first,
+                tile_rows=tile_rows,
+                topk=topk,
+                sample_shift=shift,
+                room=capacity >> shift,
+                # Too many above the high threshold all become candidates: little is lost while they fit.
+                deviations=2 if topk + topk // 4 <= capacity else 3,
+                rows=rows,
+                bounds=batch + 1,
+                slots=count * tile_rows,
+                width=width,
+            ),
+            score_planes=Launch(
+                f"score_planes_{scoring}",
+                (*SCORED, "out"),
+                **scoring_of,
+                **forced,
+                pages=pages,
+                max_pages=max_pages,
+                width=words,
+                splits=-(-spans * span_pages // split_pages),
+                split_pages=split_pages,
+            ),
+            select=Launch(
+                f"select_{scoring}_{capacity}",
+                (*SCORED, "planes", "offsets", "out"),
+                **scored,
+                **forced,
+                pages=pages,
+                max_pages=max_pages,
+                first_tile=first,
+                tile_rows=tile_rows,
+                form=form,
+                slots=count * tile_rows,
+                width=words,
+            ),
         )
-        launch(
-            f"score_planes_{scoring}",
-            **queries,
-            **rows_of,
-            **table,
-            keys=keys,
-            scales=scales,
-            pages=index_k.shape[0],
-            max_pages=max_pages,
-            thresholds=thresholds,
-            out=planes,
-            slots=row_slots,
-            width=words,
-            first_tile=first,
-            tiles=count,
-            splits=-(-spans * span_pages // split_pages),
-            split_pages=split_pages,
-            sample_shift=shift,
-            topk=topk,
-            init_tokens=init_tokens,
-            local_tokens=local_tokens,
-        )
-        launch(
-            f"select_{scoring}_{capacity}",
-            **queries,
-            **rows_of,
-            **table,
-            keys=keys,
-            scales=scales,
-            pages=index_k.shape[0],
-            max_pages=max_pages,
-            thresholds=thresholds,
-            planes=planes,
-            offsets=no_offsets(lengths) if offsets is None else offsets,
-            out=out,
-            first_tile=first,
-            tile_rows=tile_rows,
-            init_tokens=init_tokens,
-            local_tokens=local_tokens,
-            form=FORMS[output],
-            slots=count * tile_rows,
-            width=words,
-            topk=topk,
-        )
-    return out
+
+    sample = Launch(
+        "sample",
+        ("index_k", *ROWS_OF, "out"),
+        **table,
+        pages=pages,
+        max_pages=max_pages,
+        sample_pages=sample_pages,
+        sample_shift=shift,
+    )
+    parts = [part(first) for first in range(0, tiles, chunk)]
+    return _Chain(row_slots, sample_pages, words, sample, parts)

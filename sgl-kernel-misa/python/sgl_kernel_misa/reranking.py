@@ -1,14 +1,19 @@
 """The second stage of hierarchical MISA: candidates scored by all heads."""
 
+import functools
 from typing import Optional
 
 import torch
 from sgl_kernel_misa import checks
 from sgl_kernel_misa.constants import FORMS, MAX_TOPK, RERANK_CAPACITIES, RERANK_RANKS
-from sgl_kernel_misa.library import launch
+from sgl_kernel_misa.library import SHAPES, Launch
 from sgl_kernel_misa.registration import launching, operation
 from sgl_kernel_misa.tensors import keys_and_scales, no_offsets
 
+TENSORS = (
+    *("q", "weights", "candidates", "keys", "scales", "page_table", "cu_rows"),
+    *("lengths", "offsets", "out"),
+)
 FEW_ROWS = 256  # of a decode batch: then a cluster of CTAs shares a row, for it takes one CTA long
 
 
@@ -52,30 +57,35 @@ def rerank(
     checks.sequences(page_table, cu_rows)
     out = checks.selection(lengths, topk, output, offsets)
     if launching(q):
-        keys, scales = keys_and_scales(index_k)
-        capacity = next(size for size in RERANK_CAPACITIES if size >= num_candidates)
-        ranks = max(RERANK_RANKS) if rows <= FEW_ROWS else min(RERANK_RANKS)
-        launch(
-            f"rerank_{num_heads}_{capacity}_{ranks}",
-            q=q,
-            weights=weights,
-            candidates=candidates,
-            keys=keys,
-            scales=scales,
-            page_table=page_table,
-            cu_rows=cu_rows,
-            lengths=lengths,
-            offsets=no_offsets(lengths) if offsets is None else offsets,
-            out=out,
+        batch, max_pages = page_table.shape
+        _launch(
+            num_heads,
             init_tokens=init_tokens,
             local_tokens=local_tokens,
             form=FORMS[output],
             rows=rows,
             pages=index_k.shape[0],
-            batch=page_table.shape[0],
-            max_pages=page_table.shape[1],
+            batch=batch,
+            max_pages=max_pages,
             table_stride=page_table.stride(0),
             num_candidates=num_candidates,
             topk=topk,
+        )(
+            q,
+            weights,
+            candidates,
+            *keys_and_scales(index_k),
+            page_table,
+            cu_rows,
+            lengths,
+            no_offsets(lengths) if offsets is None else offsets,
+            out,
         )
     return out
+
+
+@functools.lru_cache(maxsize=SHAPES)
+def _launch(num_heads: int, **numbers: int) -> Launch:
+    capacity = next(x for x in RERANK_CAPACITIES if x >= numbers["num_candidates"])
+    ranks = max(RERANK_RANKS) if numbers["rows"] <= FEW_ROWS else min(RERANK_RANKS)
+    return Launch(f"rerank_{num_heads}_{capacity}_{ranks}", TENSORS, **numbers)

@@ -1,14 +1,20 @@
 """The sampled router: which heads score a row, and the shared head that stands for the lines of all others."""
 
+import functools
 from typing import Tuple, Union
 
 import torch
 from sgl_kernel_misa import checks
 from sgl_kernel_misa.constants import HEAD_DIM, ROUTER_CTAS_PER_SM
 from sgl_kernel_misa.device import num_sms
-from sgl_kernel_misa.library import launch
+from sgl_kernel_misa.library import SHAPES, Launch
 from sgl_kernel_misa.registration import launching, operation
 from sgl_kernel_misa.tensors import keys_and_scales
+
+TENSORS = (
+    *("q", "weights", "keys", "scales", "page_table", "cu_rows", "lengths"),
+    *("heads", "shared_q", "shared_scale", "dealt"),
+)
 
 
 @operation()
@@ -82,33 +88,14 @@ def launch_route_sampled(
         rows_of: `cu_rows`, or the rows of every sequence.
     """
     batch, max_pages = page_table.shape
-    keys, scales = keys_and_scales(index_k)
     if isinstance(rows_of, int):
         rows_per_seq, cu_rows = rows_of, lengths  # lengths: not read
     else:
         rows_per_seq, cu_rows = 0, rows_of
-    # Rows that share what is copied of the keys: so few that all SMs have some. A row's bits do not depend on it.
-    tile_rows = -(-q.shape[0] // (ROUTER_CTAS_PER_SM * num_sms(q.device)))
-    if rows_per_seq:
-        tiles = batch * -(-rows_per_seq // tile_rows)
-    else:
-        tiles = q.shape[0] // tile_rows + batch + 1
-    launch(
-        f"route_sampled_{q.shape[1]}",
-        q=q,
-        weights=weights,
-        keys=keys,
-        scales=scales,
-        page_table=page_table,
-        cu_rows=cu_rows,
-        lengths=lengths,
-        heads=heads,
-        shared_q=shared_q,
-        shared_scale=shared_scale,
-        dealt=dealt,
+    _launch(
+        q.shape[1],
+        num_sms(q.device),
         rows_per_seq=rows_per_seq,
-        tile_rows=tile_rows,
-        tiles=tiles,
         rows=q.shape[0],
         pages=index_k.shape[0],
         batch=batch,
@@ -116,4 +103,37 @@ def launch_route_sampled(
         table_stride=page_table.stride(0),
         routed=heads.shape[1],
         bounds=cu_rows.shape[0],
+    )(
+        q,
+        weights,
+        *keys_and_scales(index_k),
+        page_table,
+        cu_rows,
+        lengths,
+        heads,
+        shared_q,
+        shared_scale,
+        dealt,
+    )
+
+
+@functools.lru_cache(maxsize=SHAPES)
+def _launch(
+    num_heads: int, sms: int, *, rows_per_seq: int, rows: int, batch: int, **numbers
+) -> Launch:
+    # Rows that share what is copied of the keys: so few that all SMs have some. A row's bits do not depend on it.
+    tile_rows = -(-rows // (ROUTER_CTAS_PER_SM * sms))
+    if rows_per_seq:
+        tiles = batch * -(-rows_per_seq // tile_rows)
+    else:
+        tiles = rows // tile_rows + batch + 1
+    return Launch(
+        f"route_sampled_{num_heads}",
+        TENSORS,
+        rows_per_seq=rows_per_seq,
+        tile_rows=tile_rows,
+        tiles=tiles,
+        rows=rows,
+        batch=batch,
+        **numbers,
     )
