@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from checks import check_record, check_speculation, prompt_rows
+from launches import HICACHE as COOKBOOK_HICACHE
 from marks import needs_gpu
 from pd import is_part, keys_of, serve_pair
+from soak import soak
 
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang_misa.server import chain, misa_args, serve, tokens
@@ -385,3 +387,50 @@ def test_context_parallel(family, tiny_model, tmp_path):
         sizes = 2501, 3001, 900, 2200
         ask_together(server, sizes, 5)
         check_all(server, config)
+
+
+# As SGLang's cookbook launches these models, and what each takes beside it.
+SOAKED = {
+    "plain": (),
+    "EAGLE": chain(3),
+    "HiCache": COOKBOOK_HICACHE,
+    "TP": ("--tp", "2"),
+    "DP attention": ("--tp", "2", "--dp", "2", "--enable-dp-attention"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(x, marks=needs_two_gpus if "--tp" in SOAKED[x] else ())
+        for x in SOAKED
+    ],
+)
+def test_soak(launch, family, tiny_model, tmp_path):
+    """Hundreds of requests in a cache that is too small for those at once, with aborts; SOAK_MINUTES makes it longer.
+
+    A server that is idle ends itself where SGLang finds that a page is lost.
+    """
+    config, room = CONFIGS["hierarchical"], 16384
+    with serve(
+        tiny_model(family, LAYERS, TOPK, nextn=launch == "EAGLE"),
+        tmp_path,
+        *misa_args(config),
+        *SOAKED[launch],
+        *("--max-total-tokens", str(room), "--schedule-conservativeness", "0.1"),
+        *("--cuda-graph-backend-prefill", "disabled"),
+        env=POSITIONS,
+    ) as server:
+
+        def check():
+            for path in sorted(server.capture_dir.glob("*.pt"))[::25]:
+                record = torch.load(path, map_location="cuda")
+                check_record(some_rows(record, 16), config, TOPK, exact=False)
+
+        outcomes = soak(server, 200, longest=8000, users=8, check=check)
+        print(launch, family, dict(outcomes))
+        assert outcomes["finished"] > 10 * outcomes["aborted"] > 0
+        server.flush_cache()
+        whole = tokens(room - 1024)
+        assert len(server.generate(whole, 4)["output_ids"]) == 4
