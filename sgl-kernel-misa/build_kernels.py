@@ -1,6 +1,6 @@
 """Compiles the TileLang kernels into one shared library per architecture: python build_kernels.py --help
 
-Every entry of `kernels.KERNELS` is lowered to CUDA, wrapped in host functions with a C ABI, compiled with nvcc and linked
+Every entry of `misa_kernels.KERNELS` is lowered to CUDA, wrapped in host functions with a C ABI, compiled with nvcc and linked
 into `python/sgl_kernel_misa/lib/<architecture>.so`. `manifest.json` beside it says what the library holds. No GPU is needed
 here, and neither TileLang nor nvcc where the library is loaded.
 """
@@ -34,17 +34,17 @@ def build(
     """
     _check_tilelang()
     from builder import compile, generate, manifest
-    from kernels import KERNELS
+    from misa_kernels import KERNELS
 
     compile.find_nvcc()
     unknown = set(only) - set(KERNELS)
     if unknown:
         raise RuntimeError(
-            f"kernels has no {', '.join(sorted(unknown))}; it has {', '.join(KERNELS) or 'none'}"
+            f"misa_kernels has no {', '.join(sorted(unknown))}; it has {', '.join(KERNELS) or 'none'}"
         )
     names = [name for name in KERNELS if not only or name in only]
     if not names:
-        raise RuntimeError("kernels.KERNELS is empty: there is nothing to build")
+        raise RuntimeError("misa_kernels.KERNELS is empty: there is nothing to build")
 
     held = {}
     for label in architectures:

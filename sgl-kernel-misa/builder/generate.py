@@ -202,7 +202,7 @@ def generate(name: str, kernel, architecture: Architecture) -> Generated:
 
     Args:
         name: the name under which the kernel is exported.
-        kernel: an entry of `kernels.KERNELS`.
+        kernel: an entry of `misa_kernels.KERNELS`.
         architecture: what to generate it for.
 
     Raises:

@@ -37,7 +37,7 @@ def sources_digest() -> str:
     """A hash of all that a library is made of: it is up to date if its manifest has the same."""
     files = [
         *(ROOT / "builder").rglob("*.py"),
-        *(ROOT / "kernels").rglob("*.py"),
+        *(ROOT / "misa_kernels").rglob("*.py"),
         *INCLUDE.rglob("*.cuh"),
         LIB.parent / "constants.py",
     ]

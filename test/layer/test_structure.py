@@ -1,7 +1,9 @@
-"""What imports what in the layer."""
+"""What imports what in the layer, and what can be imported at all."""
 
 import ast
 import graphlib
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import sglang.srt.layers.misa as misa
 from sglang_misa.server import server_env
 
 ROOT = Path(misa.__file__).parent
+CHECKOUT = Path(__file__).parents[2]
 PACKAGE = "sglang.srt.layers.misa"
 
 
@@ -58,6 +61,24 @@ def test_an_import_in_a_function_closes_a_cycle():
     graph[name] = graph[name] | imports(name, source, graph.keys())
     with pytest.raises(graphlib.CycleError):
         list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_no_path_is_edited():
+    """Packages are installed or named in pyproject.toml. A build alone has neither: the kernels' setup.py finds what builds."""
+    folders = "benchmark", "python", "scripts", "sgl-kernel-misa", "test"
+    edits = {
+        path.relative_to(CHECKOUT).as_posix()
+        for folder in folders
+        for path in (CHECKOUT / folder).rglob("*.py")
+        if re.search(r"sys\.path\b", path.read_text())
+    }
+    assert edits == {"sgl-kernel-misa/setup.py"}
+
+
+def test_nothing_here_is_taken_for_the_package_of_the_hugging_face_hub():
+    """Transformers uses whatever is importable as `kernels`, a folder of tests included."""
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or "site-packages" in (spec.origin or "")
 
 
 PROGRAM = """

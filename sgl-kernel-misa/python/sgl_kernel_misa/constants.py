@@ -1,7 +1,7 @@
 """What the kernels and the code that launches them both rely on: sizes, limits and codes, each of which has its home here.
 
 Imports nothing, so that the kernels' build can read it without the package. The CUDA headers have constants of their own for
-what they rely on; every kernel asserts at compile time that they are these (`kernels/headers.py`).
+what they rely on; every kernel asserts at compile time that they are these (`misa_kernels/headers.py`).
 """
 
 # The paged index-K cache: a page holds the keys of 64 tokens, one byte a dimension, then their float32 scales.

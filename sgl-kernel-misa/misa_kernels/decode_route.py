@@ -5,9 +5,9 @@ The same heads as `pool_blocks` and `route` choose, by the same definitions; the
 
 import tilelang.language as T
 
-from kernels.constants import HEAD_DIM
-from kernels.dimensions import dimensions
-from kernels.headers import include
+from misa_kernels.constants import HEAD_DIM
+from misa_kernels.dimensions import dimensions
+from misa_kernels.headers import include
 
 THREADS = 256
 TILE = 16  # pooled keys at a time

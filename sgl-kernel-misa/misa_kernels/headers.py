@@ -1,6 +1,6 @@
 """Includes of the CUDA headers, which hold a kernel and the headers to the same constants."""
 
-from kernels.constants import (
+from misa_kernels.constants import (
     FORMS,
     HEAD_DIM,
     MAX_CONTEXT,

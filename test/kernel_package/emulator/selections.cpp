@@ -202,7 +202,7 @@ bool prefill_select() {
   std::vector<unsigned> places(kCapacity), slots(kCapacity);
   int info[misa::kCandidatesInts], radix[misa::kRadixInts], selected[kThreads / 32], count = 0;
   const misa::Candidates& candidates = misa::as_candidates(info);
-  // The steps of kernels/select.py.
+  // The steps of misa_kernels/select.py.
   emulator::run(1, kThreads, [&](int) {
     misa::classify<kThreads>(planes[0].data(), planes[1].data(), words, length, k, threshold, scratch, info, selected);
     misa::radix_begin(radix, info, threshold);

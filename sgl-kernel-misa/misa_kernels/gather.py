@@ -2,7 +2,7 @@
 
 import tilelang.language as T
 
-from kernels.accumulator import row_of
+from misa_kernels.accumulator import row_of
 
 TILE = 128  # tokens whose keys are multiplied at a time, 64 a warpgroup
 

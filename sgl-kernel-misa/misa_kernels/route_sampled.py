@@ -7,10 +7,10 @@ fit of every head (`sampled_router.cuh`). What it costs does not grow with the c
 
 import tilelang.language as T
 
-from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, ROUTER_CTAS_PER_SM
-from kernels.dimensions import dimensions
-from kernels.headers import include
-from kernels.paged_cache import PAGE_WORDS
+from misa_kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, ROUTER_CTAS_PER_SM
+from misa_kernels.dimensions import dimensions
+from misa_kernels.headers import include
+from misa_kernels.paged_cache import PAGE_WORDS
 
 THREADS = 128  # one warpgroup
 SAMPLES = 256  # the most keys that stand for a prefix

@@ -6,11 +6,11 @@ is resident as a whole, share them: see `PageScheduler` in decode_score.cuh.
 
 import tilelang.language as T
 
-from kernels.accumulator import row_of
-from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SCORE_CTAS_PER_SM
-from kernels.dimensions import dimensions
-from kernels.headers import include
-from kernels.paged_cache import PAGE_WORDS
+from misa_kernels.accumulator import row_of
+from misa_kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SCORE_CTAS_PER_SM
+from misa_kernels.dimensions import dimensions
+from misa_kernels.headers import include
+from misa_kernels.paged_cache import PAGE_WORDS
 
 STAGES = 8  # pages on the chip
 SCHEDULER_INTS = 11  # of a page scheduler

@@ -2,8 +2,8 @@
 
 import tilelang.language as T
 
-from kernels.constants import HEAD_DIM, PAGE_SIZE
-from kernels.dimensions import dimensions
+from misa_kernels.constants import HEAD_DIM, PAGE_SIZE
+from misa_kernels.dimensions import dimensions
 
 GROUP = 16  # pages whose loads are under way at once
 

@@ -7,9 +7,9 @@ is done on the lists. Where that fails, a radix selection looks at all digits of
 
 import tilelang.language as T
 
-from kernels.constants import DECODE_CANDIDATES, FORMS
-from kernels.dimensions import dimensions
-from kernels.headers import BINS, SCRATCH, include
+from misa_kernels.constants import DECODE_CANDIDATES, FORMS
+from misa_kernels.dimensions import dimensions
+from misa_kernels.headers import BINS, SCRATCH, include
 
 THREADS = 512
 

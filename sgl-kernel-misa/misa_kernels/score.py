@@ -10,11 +10,17 @@ from types import SimpleNamespace
 
 import tilelang.language as T
 
-from kernels.accumulator import row_of
-from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SPAN, rows_per_warpgroup
-from kernels.dimensions import dimensions
-from kernels.headers import include
-from kernels.paged_cache import PAGE_WORDS
+from misa_kernels.accumulator import row_of
+from misa_kernels.constants import (
+    HEAD_DIM,
+    PAGE_BYTES,
+    PAGE_SIZE,
+    SPAN,
+    rows_per_warpgroup,
+)
+from misa_kernels.dimensions import dimensions
+from misa_kernels.headers import include
+from misa_kernels.paged_cache import PAGE_WORDS
 
 STAGES = 8
 # Pages of a round of the pipeline, in which products are in flight; a divisor of STAGES and of a span's pages.

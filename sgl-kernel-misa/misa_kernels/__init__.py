@@ -15,10 +15,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping
 
-# `kernels.constants` is the package's module of that name: the build must not import the package, which loads what is built.
+# `misa_kernels.constants` is the package's module of that name: the build must not import the package, which loads what is built.
 __path__.append(str(Path(__file__).resolve().parents[1] / "python" / "sgl_kernel_misa"))
 
-from kernels.constants import (
+from misa_kernels.constants import (
     DECODE_ROUTE_RANKS,
     DECODE_ROUTE_ROWS,
     DECODE_ROWS,
@@ -29,18 +29,18 @@ from kernels.constants import (
     SCORING_HEADS,
     SELECT_CAPACITIES,
 )
-from kernels.decode_route import get_decode_route_kernel
-from kernels.decode_score import get_decode_score_kernel
-from kernels.decode_select import get_decode_select_kernel
-from kernels.pool_blocks import get_pool_blocks_kernel
-from kernels.rerank import get_rerank_kernel
-from kernels.route import get_route_kernel
-from kernels.route_sampled import get_route_sampled_kernel
-from kernels.sample import get_sample_kernel
-from kernels.score import get_score_kernel
-from kernels.select import get_select_kernel
-from kernels.threshold import get_threshold_kernel
-from kernels.update_pooled_keys import get_update_pooled_keys_kernel
+from misa_kernels.decode_route import get_decode_route_kernel
+from misa_kernels.decode_score import get_decode_score_kernel
+from misa_kernels.decode_select import get_decode_select_kernel
+from misa_kernels.pool_blocks import get_pool_blocks_kernel
+from misa_kernels.rerank import get_rerank_kernel
+from misa_kernels.route import get_route_kernel
+from misa_kernels.route_sampled import get_route_sampled_kernel
+from misa_kernels.sample import get_sample_kernel
+from misa_kernels.score import get_score_kernel
+from misa_kernels.select import get_select_kernel
+from misa_kernels.threshold import get_threshold_kernel
+from misa_kernels.update_pooled_keys import get_update_pooled_keys_kernel
 
 
 @dataclass(frozen=True)

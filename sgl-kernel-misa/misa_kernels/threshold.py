@@ -2,8 +2,8 @@
 
 import tilelang.language as T
 
-from kernels.dimensions import dimensions
-from kernels.headers import SCRATCH, include
+from misa_kernels.dimensions import dimensions
+from misa_kernels.headers import SCRATCH, include
 
 THREADS = 256
 THRESHOLD_BINS = 1024  # of each of two histograms

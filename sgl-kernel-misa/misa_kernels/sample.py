@@ -5,10 +5,10 @@ These are what the thresholds are estimated on.
 
 import tilelang.language as T
 
-from kernels.constants import HEAD_DIM, PAGE_KEY_BYTES, PAGE_SIZE
-from kernels.dimensions import dimensions
-from kernels.headers import include
-from kernels.paged_cache import PAGE_WORDS
+from misa_kernels.constants import HEAD_DIM, PAGE_KEY_BYTES, PAGE_SIZE
+from misa_kernels.dimensions import dimensions
+from misa_kernels.headers import include
+from misa_kernels.paged_cache import PAGE_WORDS
 
 KEY_WORDS = HEAD_DIM // 4
 SCALES = PAGE_KEY_BYTES // 4  # the word of a page's first scale

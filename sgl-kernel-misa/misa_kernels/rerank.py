@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import tilelang.language as T
 
-from kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE
-from kernels.dimensions import dimensions
-from kernels.gather import TILE, get_score_listed
-from kernels.headers import BINS, SCRATCH, include
-from kernels.paged_cache import PAGE_WORDS
+from misa_kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE
+from misa_kernels.dimensions import dimensions
+from misa_kernels.gather import TILE, get_score_listed
+from misa_kernels.headers import BINS, SCRATCH, include
+from misa_kernels.paged_cache import PAGE_WORDS
 
 THREADS = 256
 

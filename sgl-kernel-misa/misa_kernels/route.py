@@ -6,10 +6,10 @@ E[j] = |w[j]| / M * sum over the row's M pooled blocks of relu(q[j] . kbar[b]). 
 
 import tilelang.language as T
 
-from kernels.accumulator import row_of
-from kernels.constants import HEAD_DIM, PAGE_SIZE
-from kernels.dimensions import dimensions
-from kernels.headers import include
+from misa_kernels.accumulator import row_of
+from misa_kernels.constants import HEAD_DIM, PAGE_SIZE
+from misa_kernels.dimensions import dimensions
+from misa_kernels.headers import include
 
 MAX_HEADS = 64  # rows of a wgmma; with fewer heads some stay empty
 BLOCKS = 32  # pooled keys multiplied at a time: few, so that many CTAs fit on an SM

@@ -2,9 +2,9 @@
 
 import tilelang.language as T
 
-from kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE
-from kernels.dimensions import dimensions
-from kernels.paged_cache import PAGE_WORDS
+from misa_kernels.constants import HEAD_DIM, PAGE_BYTES, PAGE_SIZE
+from misa_kernels.dimensions import dimensions
+from misa_kernels.paged_cache import PAGE_WORDS
 
 
 def get_update_pooled_keys_kernel(slot_type: str):

@@ -18,7 +18,7 @@ from tilelang.jit.adapter import wrapper
 from builder import ARCHITECTURES, ROOT
 from builder.compile import find_nvcc
 from builder.generate import HostFunctions, generate
-from kernels import KERNELS
+from misa_kernels import KERNELS
 
 PARTS = shutil.ignore_patterns("build", "lib", "*.egg-info", "__pycache__")
 SMALL = "update_pooled_keys_int32"

@@ -1,6 +1,0 @@
-"""SGLang's paged index-K cache, see `kernels.constants`."""
-
-from kernels.constants import PAGE_BYTES
-
-# Words of 4 bytes: as many floats lie between the scales of two pages.
-PAGE_WORDS = PAGE_BYTES // 4
