@@ -9,9 +9,9 @@ from marks import needs_gpu
 torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
-    from sglang_cpu_engine.launch import ENVIRONMENT
+    from sglang_cpu_engine.launch import ENVIRONMENT, FORKS
 
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | FORKS)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])

@@ -151,7 +151,12 @@ def test_command(scorer, tmp_path):
     torch.cuda.is_available(), reason="its index_topk is the CPU engine's alone"
 )
 def test_a_server(tiny_model, tmp_path):
-    """SGLang's own API scores the tokens that are asked for, with the context that is asked for; and selects as it is to."""
+    """SGLang's own API scores the tokens that are asked for, with the context that is asked for; and selects as it is to.
+
+    Its processes are spawned, as on a GPU, so that each reads what is to select.
+    """
+    from sglang_cpu_engine.launch import SPAWNS
+
     output, scored, context, topk = tmp_path / "perplexity.json", 60, 700, 256
     text = (ROOT / "LICENSE").read_bytes()
     with serve(
@@ -159,7 +164,7 @@ def test_a_server(tiny_model, tmp_path):
         tmp_path,
         *misa_args(MisaConfig(active_heads=4, decode="misa")),
         *("--chunked-prefill-size", "512"),
-        env={EVAL_SELECTION: "heaviest-heads"},
+        env={EVAL_SELECTION: "heaviest-heads", **SPAWNS},
     ) as server:
         command = [sys.executable, BENCHMARK / "perplexity.py", "--url", server.url]
         command += ["--text", ROOT / "LICENSE", "--output", output]

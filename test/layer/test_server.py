@@ -52,10 +52,14 @@ def cached(answer):
     ],
 )
 def server(request, tiny_model, tmp_path_factory):
+    from sglang_cpu_engine.launch import SPAWNS
+
     family, chunk, config = request.param
     model = tiny_model(family, LAYERS, TOPK)
     folder = tmp_path_factory.mktemp("server")
-    with serve(model, folder, *misa_args(config)) as running:
+    # One of them starts as on a GPU: every process gets MISA by itself.
+    env = SPAWNS if request.param == SERVERS[0] else None
+    with serve(model, folder, *misa_args(config), env=env) as running:
         running.chunks = {"in chunks": chunk, "in one go": 8192}
         running.config = config
         yield running

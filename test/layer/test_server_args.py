@@ -669,8 +669,9 @@ def test_yaml_config(parse, tmp_path):
     assert args.misa_rerank_candidates == 512
 
 
-def run(*command):
-    return subprocess.run(command, env=server_env(), capture_output=True, text=True)
+def run(*command, **variables):
+    env = server_env() | variables
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 SERVE = "from sglang.cli.main import main; main()"
@@ -726,8 +727,11 @@ if __name__ == "__main__":
 
 
 def test_engine(model, tmp_path):
+    """A program whose processes are spawned, as on a GPU."""
+    from sglang_cpu_engine.launch import SPAWNS
+
     script = tmp_path / "engine.py"
     script.write_text(ENGINE.format(model=model))
-    result = run(sys.executable, str(script))
+    result = run(sys.executable, str(script), **SPAWNS)
     # 4096 tokens and SGLang's page of padding, 2 layers, 4 bytes a token.
     assert f"ENGINE 3 4 {(4096 + 64) * 2 * 4}" in result.stdout, result.stderr[-3000:]

@@ -19,6 +19,10 @@ ENVIRONMENT = {
     # Threads that spin while they wait slow a busy machine down by an order of magnitude.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+# For tests, which start many servers: their processes are forked, so that SGLang is imported once for each server, not three times.
+FORKS = {"SGLANG_CPU_ENGINE_FORKS": "1"}
+# As on a GPU: they are spawned, and each loads SGLang and the plugins for itself.
+SPAWNS = {"SGLANG_CPU_ENGINE_FORKS": "0"}
 
 # fmt: off
 FLAGS = [

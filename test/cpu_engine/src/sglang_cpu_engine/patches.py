@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from sglang_cpu_engine import streams
+from sglang_cpu_engine import processes, streams
 from sglang_cpu_engine.kernels import (
     allocator,
     fused_indexer,
@@ -95,6 +95,10 @@ PATCHES = [
     Patch("torch.cuda.Event", streams.Event, "is waited for before a cached prefix is sent"),
     # Not for the CPU, but for tests: one server takes chunks of several sizes, one after the other.
     Patch("sglang.srt.managers.scheduler.Scheduler.set_internal_state", set_internal_state, "refuses chunked_prefill_size"),
+]
+# With SGLANG_CPU_ENGINE_FORKS=1.
+FORKS = [
+    Patch("multiprocessing.set_start_method", processes.set_start_method, "a process that is spawned imports SGLang once more"),
 ]
 # fmt: on
 

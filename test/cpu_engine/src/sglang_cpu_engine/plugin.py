@@ -18,3 +18,5 @@ def register() -> None:
     from sglang_cpu_engine import patches, releases
 
     patches.apply([*patches.PATCHES, *releases.installed().PATCHES])
+    if os.environ.get("SGLANG_CPU_ENGINE_FORKS") == "1":
+        patches.apply(patches.FORKS)
