@@ -42,21 +42,24 @@ def lines(x: torch.Tensor, counts: torch.Tensor) -> Tuple[torch.Tensor, torch.Te
 
     def mean(samples: torch.Tensor) -> torch.Tensor:
         # Added one by one, as the definition says. A zero behind a row's samples changes no bit of its sum.
-        total = x.new_zeros(x.shape[1:], dtype=torch.float64)
-        for sample in samples.masked_fill_(unseen, 0).unbind():
+        total = samples.new_zeros(samples.shape[1:])
+        for sample in samples.unbind():
             total += sample
         return total / divisor
+
+    def from_mean(samples: torch.Tensor) -> torch.Tensor:
+        return (samples - mean(samples)).masked_fill_(unseen, 0)
 
     positive = x > 0
     always = (positive | unseen).all(0)
     never = ~(positive & ~unseen).any(0)
-    x = x.double()
+    x = x.double().masked_fill_(unseen, 0)
     y = x.relu()
-    from_mean = x - mean(x.clone())
-    slope = mean((y - mean(y.clone())) * from_mean) / mean(from_mean.square())
+    x_from_mean = from_mean(x)
+    slope = mean((y - mean(y)) * x_from_mean) / mean(x_from_mean.square())
     slope = slope.masked_fill(always, 1).masked_fill(never, 0)
     rest = y - slope * x
-    return slope, mean((rest - mean(rest.clone())).square()).sqrt()
+    return slope, mean(from_mean(rest).square()).sqrt()
 
 
 def slopes_and_estimates(
@@ -76,9 +79,11 @@ def slopes_and_estimates(
         slots = pages[positions // PAGE_SIZE].long() * PAGE_SIZE
         keys, scales = read_tokens(index_k, slots + positions % PAGE_SIZE)
         for rows in of_stride.split(ROWS_AT_ONCE):
-            x = scales * dot(q[rows].flatten(0, 1), keys)
-            x = x.T.reshape(len(positions), len(rows), q.shape[1])
-            slope, rest = lines(x, lengths[rows].long() // stride)
+            counts = lengths[rows].long() // stride
+            n = int(counts.max())
+            x = scales[:n] * dot(q[rows].flatten(0, 1), keys[:n])
+            x = x.T.reshape(n, len(rows), q.shape[1])
+            slope, rest = lines(x, counts)
             slopes[rows] = slope.float()
             estimates[rows] = (weights[rows].abs() * rest).float()
     return slopes, estimates

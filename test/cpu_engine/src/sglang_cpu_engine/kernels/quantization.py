@@ -21,6 +21,8 @@ class IndexedCpuTensor(torch.Tensor):
     def device(self) -> torch.device:
         return torch.device("cpu", 0)
 
+ROTATED_AT_ONCE = 2048  # rows, 1 MiB in float32, which stays in a core's cache
+
 
 def quantize(
     x: torch.Tensor, power_of_two: bool = False
@@ -50,11 +52,21 @@ def act_quant(
 
 def rotate_activation(x: torch.Tensor) -> torch.Tensor:
     """The orthonormal Walsh-Hadamard transform of the last dimension, computed in float32. x: [..., 2^m]."""
-    n = x.shape[-1]
-    y = x.float()
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows)
+    for start in range(0, len(rows), ROTATED_AT_ONCE):
+        part = slice(start, start + ROTATED_AT_ONCE)
+        out[part] = _rotate(rows[part])
+    return out.view(x.shape)
+
+
+def _rotate(rows: torch.Tensor) -> torch.Tensor:
+    n = rows.shape[1]
+    # The dimension that is transformed comes first: sums of neighbours then are sums of whole lines in memory.
+    y = rows.float().t().contiguous()
     width = 1
     while width < n:
-        a, b = y.unflatten(-1, (n // (2 * width), 2, width)).unbind(-2)
-        y = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        a, b = y.unflatten(0, (n // (2 * width), 2, width)).unbind(1)
+        y = torch.stack([a + b, a - b], dim=1).flatten(0, 2)
         width *= 2
-    return (y * n**-0.5).to(x.dtype)
+    return (y.t() * n**-0.5).to(rows.dtype)
