@@ -98,7 +98,7 @@ def test_needles_are_found(server, tmp_path):
 
 @pytest.mark.parametrize("server", [SERVERS["misa"]], indirect=True)
 def test_lm_eval(server, tmp_path):
-    """SGLang's own API: every task gets a number, 0 for what mini-DSA was not trained on; the second time nothing is asked."""
+    """SGLang's own API: every task gets a number, 0 for what mini-DSA was not trained on."""
     output = tmp_path / "result.json"
     arguments = (
         "--tasks ruler_fwe ruler_qa_squad longbench_hotpotqa longbench_trec "
@@ -109,10 +109,6 @@ def test_lm_eval(server, tmp_path):
     run_lm_eval(server, output, data_dir, arguments, check=True)
     longest = max(record["lengths"].max() for record in server.records())
     results = json.loads(output.read_text())
-    server.forget()
-    run_lm_eval(server, output, data_dir, arguments, check=True)
-    assert not server.records()
-    assert json.loads(output.read_text()) == results
     assert 2048 < longest <= 2560 + 50
     assert [r["task"] for r in results] == [
         "longbench_hotpotqa",

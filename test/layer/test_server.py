@@ -89,14 +89,14 @@ def test_prefill_and_decode(fresh):
 
 
 def test_radix_hit(fresh):
-    prompt = tokens(1500)
+    prompt = tokens(930)
     cold = fresh.generate(prompt)
     fresh.forget()
     hit = fresh.generate(prompt)
-    assert cached(cold) == 0 and cached(hit) == 1472
+    assert cached(cold) == 0 and cached(hit) == 896
     records = fresh.records()
     check_records(records, fresh.config, TOPK)
-    assert covered(records)[0] - {1504} == set(range(1473, 1504))
+    assert covered(records)[0] - {934} == set(range(897, 934))
 
 
 def test_extension_of_a_cached_prefix(fresh):
@@ -126,33 +126,33 @@ def test_batch_of_prompts_and_decodes(fresh):
     with ThreadPoolExecutor(len(sizes)) as threads:
         answers = []
         for seed, size in enumerate(sizes):
-            answers.append(threads.submit(fresh.generate, tokens(size, seed), 40))
+            answers.append(threads.submit(fresh.generate, tokens(size, seed), 24))
             time.sleep(0.1)
-        assert all(len(output(answer.result())) == 40 for answer in answers)
+        assert all(len(output(answer.result())) == 24 for answer in answers)
     records = fresh.records()
     check_records(records, fresh.config, TOPK)
-    assert covered(records)[0] >= set(range(1001, 1140))
+    assert covered(records)[0] >= set(range(1001, 1124))
 
 
 def test_flush_cache_and_reuse_of_pages(fresh):
-    prompt = tokens(1200)
+    prompt = tokens(700)
     before = fresh.generate(prompt, 20)
     first = fresh.records()
     fresh.flush_cache()
-    fresh.generate(tokens(2000, seed=1))
+    fresh.generate(tokens(1100, seed=1))
     fresh.reset()
     after = fresh.generate(prompt, 20)
     again = fresh.records()
     assert cached(after) == 0 and output(after) == output(before)
     check_records(again, fresh.config, TOPK)
-    rows = 1001, 1219
+    rows = 501, 719
     assert torch.equal(selections(again, *rows), selections(first, *rows))
 
 
 def test_abort_in_mid_prefill(fresh):
     if fresh.chunk > 1024:
         pytest.skip("a prompt in one chunk has no middle")
-    prompt = tokens(1400)
+    prompt = tokens(1100)
     before = fresh.generate(prompt, 20)
     first = fresh.records()
     fresh.reset()
@@ -163,14 +163,14 @@ def test_abort_in_mid_prefill(fresh):
         fresh.post("/abort_request", rid="doomed")
         assert doomed.result()["meta_info"]["finish_reason"]["type"] == "abort"
     aborted = fresh.records()
-    assert max(covered(aborted)[0]) < 7400, "the prompt was finished, not aborted"
+    assert max(covered(aborted)[0]) < 7100, "the prompt was finished, not aborted"
     check_records(aborted, fresh.config, TOPK)
     fresh.reset()
     after = fresh.generate(prompt, 20)
     again = fresh.records()
     assert output(after) == output(before)
     check_records(again, fresh.config, TOPK)
-    rows = 1001, 1419
+    rows = 901, 1119
     assert torch.equal(selections(again, *rows), selections(first, *rows))
 
 

@@ -13,9 +13,14 @@ from tiny_model import write_tiny_model
 from sglang.srt.layers.misa.config import MisaConfig
 from sglang_misa.server import misa_args, serve, tokens
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="runs on the CPU engine; see test_server_gpu.py"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="runs on the CPU engine; see test_server_gpu.py",
+    ),
+    # One worker runs all the tests of a server.
+    pytest.mark.xdist_group("movers"),
+]
 
 LAYERS, TOPK = 3, 256
 CONFIG = MisaConfig("sampled", 8, decode="misa")

@@ -7,6 +7,9 @@ import zipfile
 import pytest
 from environments import ROOT, VERSION, build
 
+# One worker builds what is installed.
+pytestmark = pytest.mark.xdist_group("packaging")
+
 LAYER = ROOT / "python" / "sglang" / "srt" / "layers" / "misa"
 SERVERS = ROOT / "python" / "sglang_misa"
 
