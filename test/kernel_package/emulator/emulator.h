@@ -52,7 +52,7 @@ struct Fiber {
 
 struct Warp {
   Barrier barrier;
-  uint64_t values[32];
+  uint64_t values[2][32];  // by turns: a lane may still read those of the last time
 };
 
 inline std::vector<Fiber> fibers;
@@ -81,10 +81,10 @@ inline void wait(Barrier& barrier) {
 // What all lanes of the warp bring, by lane.
 inline const uint64_t* share(uint64_t value) {
   Warp& warp = warps[running->block][running->thread / 32];
-  wait(warp.barrier);  // the values before were read
-  warp.values[running->thread % 32] = value;
+  uint64_t* values = warp.values[warp.barrier.generation % 2];
+  values[running->thread % 32] = value;
   wait(warp.barrier);
-  return warp.values;
+  return values;
 }
 
 // Runs `work(block)` as all threads of some blocks, which form a cluster. Exits if they wait for each other for ever.
