@@ -41,3 +41,16 @@ def test_slots_of_what_is_selected(expanded):
     )
     # Rows of padding are ignored, whatever they select.
     assert slots.tolist() == [[10, -1], [12, 11], [21, 20], [-1, -1], [-1, -1]]
+
+
+def test_rotation():
+    """The Walsh-Hadamard transform of more rows than go through it at once."""
+    from sglang_cpu_engine.kernels import quantization
+
+    matrix = torch.ones(1, 1)
+    for _ in range(7):
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    x = torch.randn(3, 1000, 128)
+    assert x.shape[:2].numel() > quantization.ROTATED_AT_ONCE
+    found = quantization.rotate_activation(x)
+    torch.testing.assert_close(found, x @ matrix * 128**-0.5)
