@@ -8,6 +8,11 @@ import torch
 from checks import check_record
 from test_hooks import CONFIG, EXTENDS, LAYER, LENGTHS, PAGED, TOPK, Batch
 
+from sglang.version import __version__ as sglang_version
+
+if sglang_version != "0.5.17":
+    pytest.skip("refused with the other releases", allow_module_level=True)
+
 from sglang.kernels.ops.attention.dsa import cp_split
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa import utils

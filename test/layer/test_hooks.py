@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checks import check_record
+from releases import initialize_tensor_parallel
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
@@ -74,7 +75,7 @@ class Batch:
         self.config, self.monkeypatch = config, monkeypatch
         # One rank, as far as anybody asks.
         monkeypatch.setattr(
-            get_parallel(), "_overrides", {"attn_tp_size": 1, "attn_cp_size": 1}
+            get_parallel(), "_overrides", {"attn_tp_size": 1, "attn_cp_size": 1, "attn_dcp_size": 1}
         )
         self.rids = None
         self.forced = dict(zip(("init_tokens", "local_tokens"), forced))
@@ -224,13 +225,24 @@ def test_index_k_that_is_on_its_way(rows, device, monkeypatch):
     """HiCache loads the pages of a layer on another stream. SGLang's getter waits for them; here it is the wait that loads."""
     batch = Batch(LENGTHS, rows, device, monkeypatch)
     select = batch.select_ragged if rows is EXTENDS else batch.select_paged
-    pool = hooks.get_token_to_kv_pool()
-    on_host = pool.get_index_k_with_scale_buffer(LAYER)
-    on_device = [torch.zeros_like(on_host), on_host.clone()]
-    pool.index_k_with_scale_buffer, pool.layer_transfer_counter = on_device, None
-    pool.get_index_k_with_scale_buffer = functools.partial(
-        DSATokenToKVPool.get_index_k_with_scale_buffer, pool
+    fake = hooks.get_token_to_kv_pool()
+    on_host = fake.get_index_k_with_scale_buffer(LAYER)
+    pool = DSATokenToKVPool(
+        size=(len(on_host) - 1) * PAGE_SIZE,
+        page_size=PAGE_SIZE,
+        kv_lora_rank=64,
+        dtype=torch.bfloat16,
+        qk_rope_head_dim=64,
+        layer_num=2,
+        device=device,
+        index_head_dim=128,
+        enable_memory_saver=False,
+        kv_cache_dim=128,
+        start_layer=START_LAYER,
     )
+    on_device = pool.index_k_with_scale_buffer
+    on_device[LAYER - START_LAYER].copy_(on_host)
+    fake.get_index_k_with_scale_buffer = pool.get_index_k_with_scale_buffer
     expected = select(method=PAGED)
     on_device[LAYER - START_LAYER].zero_()
     pool.layer_transfer_counter = SimpleNamespace(
@@ -532,7 +544,6 @@ def _rank(rank, select, address, results):
     from sglang.srt.distributed.parallel_state import (
         cleanup_dist_env_and_memory,
         init_distributed_environment,
-        initialize_model_parallel,
     )
 
     init_distributed_environment(
@@ -542,8 +553,8 @@ def _rank(rank, select, address, results):
         distributed_init_method=address,
         backend="gloo",
     )
-    initialize_model_parallel(tensor_model_parallel_size=2, backend="gloo")
     get_parallel()._overrides.clear()
+    initialize_tensor_parallel(rank, 2)
     try:
         results.put((rank, get_parallel().attn_tp_rank, select().tolist()))
     except Exception as error:

@@ -26,6 +26,7 @@ from sglang.srt.layers.misa.pooled_keys import PooledKeys
 from sglang.srt.layers.misa.testing.batches import write_pages
 from sglang.srt.layers.misa.testing.inputs import make_inputs
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 HEADS, TOPK, LAYER = 32, 128, 0
 # Tokens before the pass. Drafts of the second sequence complete a page.
@@ -119,7 +120,16 @@ class Pass:
         vars(self.backend).update(
             device=self.device,
             real_page_size=PAGE_SIZE,
+            physical_page_size=PAGE_SIZE,
             dsa_index_topk=TOPK,
+            dsa_index_kpool=1,
+            dcp_size=1,
+            _kv_shard_pool=None,
+            _memory_saver_adapter=TorchMemorySaverAdapter.create(enable=False),
+            _is_in_breakable_cuda_graph=lambda: False,
+            _is_in_tc_piecewise_cuda_graph=lambda: False,
+            _get_device_sm=lambda: 90,
+            _is_blackwell=lambda: False,
             speculative_num_draft_tokens=self.draft_tokens,
             req_to_token=req_to_token,
             req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
