@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+from sglang_cpu_engine import releases
+
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
     # torch.compile would need a C++ compiler, and gains nothing at this size.
@@ -59,6 +61,7 @@ def server_command(
         *("--model-path", str(model_path)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *FLAGS,
+        *releases.FLAGS[releases.__version__],
         *("--max-total-tokens", str(max_total_tokens)),
         *extra_args,
     ]

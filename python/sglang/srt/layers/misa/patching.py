@@ -110,6 +110,9 @@ def register(patches: Iterable[Patch]) -> None:
 
 def _set_attribute(patch: Patch) -> None:
     """Put the hook, called with what was there and the arguments, in the place of a class's attribute."""
+    if patch.gone():
+        # `check_engaged` names it, as it does where `HookRegistry` found none.
+        return
     owner, name = patch.owner()
     setattr(
         owner, name, staticmethod(functools.partial(patch.hook, getattr(owner, name)))
