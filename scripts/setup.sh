@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs SGLang, MISA and the test suite into .venv: with CUDA where there is an NVIDIA GPU, else for the CPU.
-# Does nothing when that has been done already. SGLANG_VERSION=0.5.23 takes that release, in an environment of its own.
+# Does nothing when that has been done already. SGLANG_VERSION=0.5.17 takes that release, in an environment of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/release.sh
@@ -21,9 +21,12 @@ else
   pip install torch==2.13.0
   pip install --no-deps -r "test/cpu_engine/requirements-$release.txt"
   if [ "$release" = "$default_release" ]; then
-    # The kernels are compiled here too, for the tests of their package; only a GPU runs them. They don't know SGLang.
+    # The kernels are compiled here too, for the tests of their package; only a GPU runs them.
     pip install --no-deps -r sgl-kernel-misa/build-requirements.txt
     pip install --no-build-isolation --no-deps -e ./sgl-kernel-misa
+  else
+    # They don't know SGLang: compiled and tested once, and of their package the other release has what it says in Python.
+    echo "$PWD/sgl-kernel-misa/python" > "$("$venv"/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sgl_kernel_misa.pth"
   fi
   pip install --no-deps -e . -e test/cpu_engine
 fi

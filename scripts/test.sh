@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs all tests, after installing what they need: scripts/test.sh [pytest arguments]
-# SGLANG_VERSION=0.5.23 takes that release of SGLang.
+# SGLANG_VERSION=0.5.17 takes that release of SGLang.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh

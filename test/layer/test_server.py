@@ -349,14 +349,14 @@ def test_retraction(family, config, tiny_model, tmp_path):
         tmp_path,
         *misa_args(config),
         *("--chunked-prefill-size", "512", "--schedule-conservativeness", "0.01"),
-        *("--max-total-tokens", "1024"),
+        *("--max-total-tokens", "1152"),
     ) as server:
         prompt = tokens(300)
         before = server.generate(prompt, 50)
         first = server.records()
         server.reset()
         with ThreadPoolExecutor(2) as threads:
-            # Two are let in, 5 pages each, and want 10 pages each of the 16.
+            # Two are let in, 5 pages each, and want 10 pages each of the 18.
             answers = [
                 threads.submit(server.generate, tokens(300, seed), 330)
                 for seed in (1, 2)
