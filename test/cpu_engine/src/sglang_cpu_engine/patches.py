@@ -33,7 +33,7 @@ def _head_gates(self, x: torch.Tensor) -> torch.Tensor:
     return (x.double() @ self.weights_proj.weight.double().t()).float()
 
 
-def _pageable(create):
+def pageable(create):
     """A function of torch's without its `pin_memory`."""
 
     @functools.wraps(create)
@@ -87,8 +87,8 @@ PATCHES = [
     Patch(f"{CACHE}.pool_host.base.HICACHE_HOST_MEMORY_RESERVE_BYTES", 0, "wants 10 GiB free"),
     Patch(f"{CACHE}.pool_host.common._cuda_host_register", lambda *_: None, "pins memory for CUDA"),
     # LoRA, with --lora-backend torch_native.
-    Patch("torch.tensor", _pageable(torch.tensor), "pins memory for CUDA"),
-    Patch("torch.zeros", _pageable(torch.zeros), "pins memory for CUDA"),
+    Patch("torch.tensor", pageable(torch.tensor), "pins memory for CUDA"),
+    Patch("torch.zeros", pageable(torch.zeros), "pins memory for CUDA"),
     Patch("torch.Tensor.pin_memory", lambda self: self, "pins memory for CUDA"),
     # PD disaggregation, with --disaggregation-transfer-backend mooncake: all of SGLang's protocol, and other hands to carry.
     Patch("sglang.srt.distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine", TransferEngine, "needs the package and a network card"),

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is changed in SGLang 0.5.23 beside `sglang_cpu_engine.patches`."""
 
+import torch
 from sglang_cpu_engine import streams
 from sglang_cpu_engine.kernels import hicache, kv_cache
 from sglang_cpu_engine.kernels.mqa_logits import deep_gemm
 from sglang_cpu_engine.kernels.quantization import act_quant
-from sglang_cpu_engine.patches import CACHE, INDEXER, Patch
+from sglang_cpu_engine.patches import CACHE, INDEXER, Patch, pageable
 
 KERNELS = "sglang.kernels.ops"
 
@@ -26,6 +27,8 @@ PATCHES = [
     Patch(f"{KERNELS}.kvcache.dsa_index_k_cache.GetKAndS.execute", kv_cache.read_index_k, "Triton kernel"),
     Patch("sglang.srt.mem_cache.memory_pool.set_mla_kv_buffer_dcp_sharded_triton", kv_cache.write_mla_kv, "Triton kernel"),
     Patch("sglang.srt.utils.triton_load_watch.install", lambda: None, "hooks Triton's launches"),
+    # A cached prefix that is sent, with PD disaggregation.
+    Patch("torch.empty", pageable(torch.empty), "pins memory for CUDA"),
     # HiCache, beside what `sglang_cpu_engine.patches` has of it.
     Patch(f"{CACHE}.l2_transfer.device_module", streams, "does everything at once"),
     Patch(f"{CACHE}.pool_host.dsa.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
