@@ -13,19 +13,27 @@ import os
 import pickle
 import sys
 
+import msgspec.structs
+
 import sglang.srt.layers.attention.dsa.dsa_indexer  # the plugin imports it: here once for all cases
 import sglang.srt.server_args
 from sglang.srt import plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 ServerArgs = sglang.srt.server_args.ServerArgs
+# A dataclass in 0.5.17, a record of msgspec's in 0.5.23; both modules have `asdict`, `fields` and `replace`.
+IS_DATACLASS = dataclasses.is_dataclass(ServerArgs)
+RECORDS = dataclasses if IS_DATACLASS else msgspec.structs
 
 
-@dataclasses.dataclass
 class OtherArgs(ServerArgs):
     """The class of another plugin."""
 
     other: int = 3
+
+
+if IS_DATACLASS:
+    OtherArgs = dataclasses.dataclass(OtherArgs)
 
 
 def register_other():
@@ -37,7 +45,7 @@ def register_other():
 def seen(args):
     return {
         "class": f"{type(args).__module__}.{type(args).__qualname__}",
-        "fields": dataclasses.asdict(args),
+        "fields": RECORDS.asdict(args),
         "repr": repr(args),
     }
 
@@ -65,7 +73,7 @@ WAYS = {
     "pickled": lambda args: pickle.loads(pickle.dumps(args)),
     "copied": copy.copy,
     "copied deeply": copy.deepcopy,
-    "replaced": lambda args: dataclasses.replace(args, port=1),
+    "replaced": lambda args: RECORDS.replace(args, port=1),
 }
 
 
@@ -106,10 +114,11 @@ def case(other, misa):
         found["an unknown argument"] = str(error)
     cls = sglang.srt.server_args.ServerArgs
     found["signature"] = str(inspect.signature(cls))
-    found["fields"] = [field.name for field in dataclasses.fields(cls)]
+    found["fields"] = [field.name for field in RECORDS.fields(cls)]
     from sglang.srt.entrypoints.engine import Engine
 
-    found["of the engine"] = repr(Engine.server_args_class)
+    of_engine = Engine.server_args_class(model_path="dummy", random_seed=1)
+    found["of the engine"] = seen(of_engine)
     return found
 
 

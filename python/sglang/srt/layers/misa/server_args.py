@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Dict, Optional, get_args
 
 import torch
 
+import sglang.srt.server_args
+
 from sglang.srt.arg_groups.arg_utils import add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import process
@@ -129,6 +131,9 @@ def resolve_once(original, self) -> None:
 
 def engine_arguments(original: type, **values) -> Any:
     """In place of `Engine.server_args_class` where that is a record, whose class chooses no other on its own."""
+    if original.__module__ == sglang.srt.server_args.__name__:
+        # Another plugin may have replaced it since, and Engine would have been imported after that.
+        original = sglang.srt.server_args.ServerArgs
     misa = _taken_out(values)
     if not misa.get("enable_misa"):
         return original(**values)
