@@ -75,7 +75,9 @@ class Batch:
         self.config, self.monkeypatch = config, monkeypatch
         # One rank, as far as anybody asks.
         monkeypatch.setattr(
-            get_parallel(), "_overrides", {"attn_tp_size": 1, "attn_cp_size": 1, "attn_dcp_size": 1}
+            get_parallel(),
+            "_overrides",
+            {"attn_tp_size": 1, "attn_cp_size": 1, "attn_dcp_size": 1},
         )
         self.rids = None
         self.forced = dict(zip(("init_tokens", "local_tokens"), forced))

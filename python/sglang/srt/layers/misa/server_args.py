@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Dict, Optional, get_args
 import torch
 
 import sglang.srt.server_args
-
 from sglang.srt.arg_groups.arg_utils import add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.layers.misa import process
