@@ -27,8 +27,9 @@ PATCHES = [
     Patch(f"{KERNELS}.kvcache.dsa_index_k_cache.GetKAndS.execute", kv_cache.read_index_k, "Triton kernel"),
     Patch("sglang.srt.mem_cache.memory_pool.set_mla_kv_buffer_dcp_sharded_triton", kv_cache.write_mla_kv, "Triton kernel"),
     Patch("sglang.srt.utils.triton_load_watch.install", lambda: None, "hooks Triton's launches"),
-    # A cached prefix that is sent, with PD disaggregation.
+    # The pages of what is sent, with PD disaggregation.
     Patch("torch.empty", pageable(torch.empty), "pins memory for CUDA"),
+    Patch("torch.cuda.current_stream", lambda device=None: streams.current_stream(), "an event of it is waited for before they are sent"),
     # HiCache, beside what `sglang_cpu_engine.patches` has of it.
     Patch(f"{CACHE}.l2_transfer.device_module", streams, "does everything at once"),
     Patch(f"{CACHE}.pool_host.dsa.transfer_kv_per_layer_direct_pf_lf", hicache.load_layer, "CUDA copies", added=True),
