@@ -78,14 +78,23 @@ class Client:
         return answer.json()["tokens"]
 
     def generate(
-        self, tokens: List[int], new_tokens: int = 4, rid: Optional[str] = None, **body
+        self,
+        tokens: List[int],
+        new_tokens: int = 4,
+        rid: Optional[str] = None,
+        *,
+        ignore_eos: bool = True,
+        **body,
     ) -> Dict:
-        """Greedy generation of exactly `new_tokens` from token ids; returns SGLang's answer."""
-        sampling_params = {
-            "temperature": 0,
-            "max_new_tokens": new_tokens,
-            "ignore_eos": True,
-        }
+        """Greedy generation of exactly `new_tokens` from token ids; returns SGLang's answer.
+
+        For requests that ignore the end SGLang 0.5.23 keeps room from the start; without `ignore_eos` they may outgrow the cache.
+        """
+        sampling_params = {"temperature": 0, "max_new_tokens": new_tokens}
+        if ignore_eos:
+            sampling_params["ignore_eos"] = True
+        else:
+            sampling_params["min_new_tokens"] = new_tokens
         return self.post(
             "/generate",
             input_ids=tokens,

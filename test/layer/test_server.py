@@ -358,7 +358,9 @@ def test_retraction(family, config, tiny_model, tmp_path):
         with ThreadPoolExecutor(2) as threads:
             # Two are let in, 5 pages each, and want 10 pages each of the 18.
             answers = [
-                threads.submit(server.generate, tokens(300, seed), 330)
+                threads.submit(
+                    server.generate, tokens(300, seed), 330, ignore_eos=False
+                )
                 for seed in (1, 2)
             ]
             assert all(len(output(answer.result())) == 330 for answer in answers)
