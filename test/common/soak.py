@@ -39,9 +39,7 @@ def soak(
     while outcomes.total() < count or time.monotonic() < end:
         seeds = [rng.randrange(1 << 30) for _ in range(ROUND)]
         with ThreadPoolExecutor(users) as threads:
-            for outcome in threads.map(
-                lambda seed: _ask(server, seed, longest), seeds
-            ):
+            for outcome in threads.map(lambda seed: _ask(server, seed, longest), seeds):
                 outcomes[outcome] += 1
         check()
         server.forget()

@@ -21,6 +21,7 @@ class IndexedCpuTensor(torch.Tensor):
     def device(self) -> torch.device:
         return torch.device("cpu", 0)
 
+
 ROTATED_AT_ONCE = 2048  # rows, 1 MiB in float32, which stays in a core's cache
 
 
