@@ -44,7 +44,7 @@ def index_inputs(model: MiniDsa, tokens: Tensor, rows: int) -> Dict[str, Tensor]
     positions = torch.arange(len(tokens), device=tokens.device)
     x = model.model.embed_tokens(tokens[None])
     layers = []
-    for layer in model.model.layers:
+    for layer in model.layers:
         normed, attention = layer.input_layernorm(x), layer.self_attn
         q_latent = attention.q_a_layernorm(attention.q_a_proj(normed))
         q, k, weights = attention.indexer(normed, q_latent, positions)
