@@ -3,9 +3,37 @@
     python scripts/mini_dsa/corpus.py corpus
     python scripts/train_mini_dsa.py --corpus corpus --out checkpoint
 
+This is the model of 32K tokens. To one of 128K with a NextN layer, and to its sibling of GLM-5's shape, whose layers are the same
+and whose indexers are trained anew:
+
+    python scripts/train_mini_dsa.py --corpus corpus --out deepseek --minutes 16 --nextn --no-compile \\
+        --curriculum 32k-to-128k --start scripts/mini_dsa/checkpoint
+    python scripts/train_mini_dsa.py --corpus corpus --out glm --minutes 6 --nextn --no-compile --family glm_moe_dsa \\
+        --curriculum indexer-128k --start deepseek
+
+or the first from nothing with `--curriculum 128k --minutes 25 --nextn`.
+
 `<out>/training.jsonl` says how it went. With --resume, a training that was broken off goes on where it last saved its state, at
 most a minute before. The data come in the same order whatever the clock does, so with --steps every run gives the same weights,
 as far as the device's arithmetic does.
+
+What a step costs, estimated for one H200 and five layers, the NextN layer being one; every step but the warm-ups' of 8K and 32K
+has 131,072 tokens. A layer's attention to all of 128K is 35 TFLOP, three and a half times as many with backward, at 550 TFLOPS,
+which is what the training to 32K came to on an H100; the rest of a dense step is 34 ms there, and perhaps 80 not compiled.
+The indexer's loss on 512 queries a layer writes and reads their 2^32 scores of single heads, some sixteen passes of 8.6 GB; what an
+eighth of the queries selects takes four passes of 700 GB in all, and masked attention at 150 TFLOPS. "GB" is the most memory,
+of which what backward needs was counted (165 MB for every 1,024 tokens).
+
+    phase                   TFLOP   traffic   seconds    GB     steps in 16 minutes
+    nextn 8K                   22    0.2 TB      0.1      25         650
+    dense 64K                 310    0.1 TB      0.65     30         210
+    joint 128K                625    0.8 TB      1.4      35         320
+    warm-up 128K              180    0.7 TB      0.55     15         220
+    sparse 128K (1/8)         800    4   TB      3.3      40          60
+
+Of the curriculum from nothing, in 25 minutes: dense to 32K 0.05, 0.1 and 0.28 s a step, so 3,000, 1,000 and 600 steps; warm-up 0.12 s,
+so 600 and 700 (of 32K tokens); dense 64K 180, joint 330, warm-up 240, sparse 60. Other families' indexers, in 6 minutes: 400
+and 600 steps of warm-up to 32K, 300 at 128K (32 heads: 0.45 s), 35 sparse ones.
 """
 
 import argparse
@@ -35,7 +63,7 @@ class Phase:
     """What is trained, and how.
 
     mode          "dense" trains all but the indexer, "warm-up" the indexer alone, "joint" both of them, with dense attention;
-                  "sparse" both, with the attention that the indexer selects
+                  "sparse" both, with the attention that the indexer selects; "nextn" the NextN layer alone, but for its indexer
     length        bytes of a sequence
     batch         sequences of a step
     share         of the whole time, or of all steps
@@ -74,12 +102,13 @@ CURRICULA = {
         Phase("warm-up 128K", "warm-up", 128 * K, 1, 0.09, 5e-4),
         Phase("sparse 128K", "sparse", 128 * K, 1, 0.13, 3e-4, 1 / 8),
     ),
-    # From a model of 32K.
+    # From a model of 32K, whose NextN layer is new if it is to have one.
     "32k-to-128k": (
-        Phase("dense 64K", "dense", 64 * K, 2, 0.15, 7e-4),
-        Phase("joint 128K", "joint", 128 * K, 1, 0.5, 5e-4),
-        Phase("warm-up 128K", "warm-up", 128 * K, 1, 0.14, 5e-4),
-        Phase("sparse 128K", "sparse", 128 * K, 1, 0.21, 3e-4, 1 / 8),
+        Phase("nextn 8K", "nextn", 8 * K, 16, 0.07, 2e-3),
+        Phase("dense 64K", "dense", 64 * K, 2, 0.14, 7e-4),
+        Phase("joint 128K", "joint", 128 * K, 1, 0.46, 5e-4),
+        Phase("warm-up 128K", "warm-up", 128 * K, 1, 0.13, 5e-4),
+        Phase("sparse 128K", "sparse", 128 * K, 1, 0.2, 3e-4, 1 / 8),
     ),
     # From a model of 128K, for another family's indexer.
     "indexer-128k": (
@@ -123,10 +152,11 @@ def learning_rate(phase: Phase, step: int, progress: float) -> float:
 
 def trained(model: MiniDsa, mode: str) -> List[torch.nn.Parameter]:
     """The parameters that a mode trains."""
+    part = model.nextn if mode == "nextn" else model
     return [
         parameter
-        for name, parameter in model.named_parameters()
-        if mode in ("joint", "sparse") or (".indexer." in name) == (mode == "warm-up")
+        for name, parameter in part.named_parameters()
+        if mode in ("joint", "sparse") or ("indexer." in name) == (mode == "warm-up")
     ]
 
 
@@ -139,7 +169,7 @@ def losses(
     NextN layer's indexer; "drafts" the share of the NextN layer's likeliest tokens that are the model's.
     """
     warm_up, nextn = phase.mode == "warm-up", model.config.nextn
-    mode = "warm-up" if phase.mode == "joint" else phase.mode
+    mode = {"joint": "warm-up", "nextn": "dense"}.get(phase.mode, phase.mode)
     hidden, kl = model(tokens[:, :-1], mode, phase.sparse_share)
     values = {"total": kl, "kl": kl}
     if nextn:
@@ -228,7 +258,7 @@ def train_phase(
     if training.optimizer:
         optimizer.load_state_dict(training.optimizer)
     # The chunks of the other modes have too many shapes to be compiled, and are large enough not to need it.
-    compiled = phase.mode == "dense" and phase.length <= COMPILED
+    compiled = phase.mode in ("dense", "nextn") and phase.length <= COMPILED
     torch.compiler.set_stance("default" if compiled else "force_eager")
     torch.compiler.reset()  # there is a limit to the shapes that are compiled
     step, seed = training.step, f"{args.seed} {phase.name}"
@@ -316,10 +346,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-compile", dest="compile", action="store_false")
     add("--resume", action="store_true", help="go on with what --out holds")
     args = parser.parse_args()
-    if args.steps and len(args.steps) not in (1, len(CURRICULA[args.curriculum])):
-        parser.error(
-            f"--steps: {args.curriculum} has {len(CURRICULA[args.curriculum])} phases"
-        )
+    count = len(phases(args))
+    if args.steps and len(args.steps) not in (1, count):
+        parser.error(f"--steps: {args.curriculum} has {count} phases")
     return args
 
 
@@ -327,6 +356,8 @@ def phases(args: argparse.Namespace) -> List[Phase]:
     """The phases within the limits that the command line sets."""
     limited = []
     for phase in CURRICULA[args.curriculum]:
+        if phase.mode == "nextn" and not args.nextn:
+            continue
         length = min(phase.length, args.longest or phase.length)
         batch = phase.batch * phase.length // length
         if args.batch_bytes:
@@ -340,7 +371,8 @@ def budgets(args: argparse.Namespace) -> List[float]:
     if args.steps and len(args.steps) > 1:
         return args.steps
     whole = args.steps[0] if args.steps else args.minutes * 60
-    return [phase.share * whole for phase in CURRICULA[args.curriculum]]
+    shares = [phase.share for phase in phases(args)]
+    return [share / sum(shares) * whole for share in shares]
 
 
 def begin_with(model: MiniDsa, start: Path) -> None:

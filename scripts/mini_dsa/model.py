@@ -280,7 +280,13 @@ class Attention(nn.Module):
             # Backward computes the scores again, of which there are too many to keep those of all layers.
             parts = (part.split(at_once, dim) for part, dim in ((rows, 0), (index_q, 1), (index_w, 1)))  # fmt: skip
             total = sum(
-                checkpoint(divergence, *part, index_k, use_reentrant=False)
+                checkpoint(
+                    divergence,
+                    *part,
+                    index_k,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
                 for part in zip(*parts)
             )
         return total / (len(q) * len(rows))

@@ -113,6 +113,22 @@ def test_indexer_loss_in_parts_is_the_same(checkpoint, monkeypatch):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+def test_twice_as_wide_it_computes_the_same(glm_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "mini_dsa.widen", glm_checkpoint, tmp_path / "wide"]  # fmt: skip
+    subprocess.run(command, cwd=SCRIPTS, check=True)
+    prompt, found = random_tokens(1, 400), []
+    for folder in (glm_checkpoint, tmp_path / "wide"):
+        model = MiniDsa.load(folder)
+        hidden, _ = model(prompt[:, :-1])
+        drafted, _ = model.draft(prompt[:, 1:], hidden)
+        found.append((model.lm_head(hidden), model.lm_head(drafted)))
+    assert model.config.hidden_size == 2 * GLM.hidden_size
+    assert (tmp_path / "wide" / "tokenizer.json").exists()
+    for narrow, wide in zip(*found):
+        torch.testing.assert_close(wide, narrow, atol=1e-3, rtol=1e-3)
+
+
 def test_nextn_layer_learns_alone(glm_checkpoint):
     """What it is trained with is not to change the model."""
     model, prompt = MiniDsa.load(glm_checkpoint), random_tokens(1, 300)
@@ -217,7 +233,7 @@ def test_training_resumes(train, monkeypatch):
     monkeypatch.setattr(train_mini_dsa, "SAVE_EVERY", -1.0)
     monkeypatch.setattr(mini_dsa_model, "CHUNK", 64)
     monkeypatch.setattr(mini_dsa_model, "SCORES", 32 * 256 * 100)
-    options = "--curriculum 32k-to-128k --family glm_moe_dsa --nextn --steps 2 4 1 2"
+    options = "--curriculum 32k-to-128k --family glm_moe_dsa --nextn --steps 1 1 4 1 2"
     whole = train("whole", f"{options} --workers 0")
 
     calls, losses = [], train_mini_dsa.losses
@@ -244,6 +260,7 @@ def test_training_resumes(train, monkeypatch):
         for folder in (whole, parts)
     ]
     assert logs[0] == logs[1] and len(logs[0]) == 9
+    assert {"drafts", "draft_kl"} <= logs[0][0].keys()
     assert MiniDsa.load(parts).config.max_position_embeddings == 256 + 1024
 
 
@@ -269,6 +286,31 @@ def test_training_starts_with_a_checkpoint(train):
     wider = MiniDsa(replace(CONFIG, num_hidden_layers=1, intermediate_size=512))
     with pytest.raises(ValueError, match="has shape"):
         train_mini_dsa.begin_with(wider, first)
+
+
+def test_nextn_layer_is_trained_alone(train):
+    """In the phase that is for it; a model without it has no such phase."""
+    options = "--curriculum 32k-to-128k --workers 0"
+    first = train("first", f"{options} --steps 1 1 1 1")
+    wanted = f"{options} --nextn --start {first} --steps 3 1 1 1 1"
+    seen = {}
+
+    def end_phase(self):
+        seen.setdefault("weights", {k: v.clone() for k, v in self.model.state_dict().items()})  # fmt: skip
+        original(self)
+
+    original = train_mini_dsa.Training.end_phase
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_mini_dsa.Training, "end_phase", end_phase)
+        train("second", wanted)
+    config = MiniDsa.load(first.with_name("second")).config
+    torch.manual_seed(0)  # the --seed
+    fresh = MiniDsa(config)
+    train_mini_dsa.begin_with(fresh, first)
+    for name, before in fresh.state_dict().items():
+        alone = name.startswith("model.layers.1.") and ".indexer." not in name
+        changed = not torch.equal(before, seen["weights"][name])
+        assert changed == (alone and "correction_bias" not in name), name
 
 
 def test_steps_of_each_phase(train, capsys):
