@@ -14,7 +14,7 @@ and whose indexers are trained anew:
 or the first from nothing with `--curriculum 128k --minutes 25 --nextn`.
 
 `<out>/training.jsonl` says how it went. With --resume, a training that was broken off goes on where it last saved its state, at
-most a minute before. The data come in the same order whatever the clock does, so with --steps every run gives the same weights,
+most a minute before, and one that paused (--pause) where it was. The data come in the same order whatever the clock does, so with --steps every run gives the same weights,
 as far as the device's arithmetic does.
 
 What a step costs, estimated for one H200 and five layers, the NextN layer being one; every step but the warm-ups' of 8K and 32K
@@ -197,6 +197,10 @@ def losses(
     return values
 
 
+class Paused(Exception):
+    """The time of this run is over, that of the training is not; its state is saved."""
+
+
 class Training:
     """A training in the folder `out`: its model, its log, and the state from which it goes on."""
 
@@ -304,9 +308,12 @@ def train_phase(
                 training.log.flush()
                 bar.set_postfix(shown)
                 bar.update(round(spent) - bar.n)
-            if now - saved > SAVE_EVERY:
+            paused = now > args.pause_at
+            if paused or now - saved > SAVE_EVERY:
                 training.save(step, now - start, optimizer.state_dict())
                 saved = time.monotonic()
+            if paused:
+                raise Paused
     training.end_phase()
 
 
@@ -345,7 +352,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-bytes", type=int, help="at most so many bytes in a step")
     add("--no-compile", dest="compile", action="store_false")
     add("--resume", action="store_true", help="go on with what --out holds")
+    add(
+        "--pause",
+        type=float,
+        default=math.inf,
+        help="minutes after which to end, in the middle of the training, if it is not over; --resume goes on",
+    )
     args = parser.parse_args()
+    args.pause_at = time.monotonic() + args.pause * 60
     count = len(phases(args))
     if args.steps and len(args.steps) not in (1, count):
         parser.error(f"--steps: {args.curriculum} has {count} phases")
@@ -421,8 +435,12 @@ def main() -> None:
     training = Training(model, args.out, args.resume)
     with training.log:
         left = list(zip(limited, budgets(args)))[training.done :]
-        for phase, budget in left:
-            train_phase(training, phase, text, budget, args)
+        try:
+            for phase, budget in left:
+                train_phase(training, phase, text, budget, args)
+        except Paused:
+            print(f"paused; --resume goes on with {args.out}", flush=True)
+            return
     shutil.copy(args.corpus / "corpus.json", args.out)
     training.state.unlink()
 

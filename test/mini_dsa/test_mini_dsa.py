@@ -248,20 +248,26 @@ def test_training_resumes(train, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train("parts", f"{options} --workers 0")
     train("parts", f"{options} --workers 1 --resume")
-    assert len(calls) == 1 + 2 + 4 + 1 + 2
-    parts = whole.with_name("parts")
+    assert len(calls) == 1 + 1 + 1 + 4 + 1 + 2
+    # It pauses after a step; nothing else has saved that.
+    monkeypatch.setattr(train_mini_dsa, "SAVE_EVERY", 1e9)
+    paused = train("paused", f"{options} --workers 0 --pause 0")
+    assert (paused / "training.pt").exists() and not (paused / "config.json").exists()
+    train("paused", f"{options} --workers 0 --resume")
+
+    folders = whole, whole.with_name("parts"), paused
     for name in ("config.json", "model.safetensors"):
-        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
     logs = [
         [
             {**json.loads(line), "seconds": 0}
             for line in (folder / "training.jsonl").read_text().splitlines()
         ]
-        for folder in (whole, parts)
+        for folder in folders
     ]
-    assert logs[0] == logs[1] and len(logs[0]) == 9
+    assert logs[0] == logs[1] == logs[2] and len(logs[0]) == 9
     assert {"drafts", "draft_kl"} <= logs[0][0].keys()
-    assert MiniDsa.load(parts).config.max_position_embeddings == 256 + 1024
+    assert MiniDsa.load(paused).config.max_position_embeddings == 256 + 1024
 
 
 def test_training_starts_with_a_checkpoint(train):
