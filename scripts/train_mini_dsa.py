@@ -3,27 +3,58 @@
     python scripts/mini_dsa/corpus.py corpus
     python scripts/train_mini_dsa.py --corpus corpus --out checkpoint
 
-Minutes on one Hopper GPU. `<out>/training.jsonl` says how it went. With --resume, a training that was broken off goes on with
-the phase in which it was.
+This is the model of 32K tokens. To one of 128K with a NextN layer, and to its sibling of GLM-5's shape, whose layers are the same
+and whose indexers are trained anew:
+
+    python scripts/train_mini_dsa.py --corpus corpus --out deepseek --minutes 16 --nextn --no-compile \\
+        --curriculum 32k-to-128k --start scripts/mini_dsa/checkpoint
+    python scripts/train_mini_dsa.py --corpus corpus --out glm --minutes 6 --nextn --no-compile --family glm_moe_dsa \\
+        --curriculum indexer-128k --start deepseek
+
+or the first from nothing with `--curriculum 128k --minutes 25 --nextn`.
+
+`<out>/training.jsonl` says how it went. With --resume, a training that was broken off goes on where it last saved its state, at
+most a minute before, and one that paused (--pause) where it was. The data come in the same order whatever the clock does, so with --steps every run gives the same weights,
+as far as the device's arithmetic does.
+
+What a step costs, estimated for one H200 and five layers, the NextN layer being one; every step but the warm-ups' of 8K and 32K
+has 131,072 tokens. A layer's attention to all of 128K is 35 TFLOP, three and a half times as many with backward, at 550 TFLOPS,
+which is what the training to 32K came to on an H100; the rest of a dense step is 34 ms there, and perhaps 80 not compiled.
+The indexer's loss on 512 queries a layer writes and reads their 2^32 scores of single heads, some sixteen passes of 8.6 GB; what an
+eighth of the queries selects takes four passes of 700 GB in all, and masked attention at 150 TFLOPS. "GB" is the most memory,
+of which what backward needs was counted (165 MB for every 1,024 tokens).
+
+    phase                   TFLOP   traffic   seconds    GB     steps in 16 minutes
+    nextn 8K                   22    0.2 TB      0.1      25         650
+    dense 64K                 310    0.1 TB      0.65     30         210
+    joint 128K                625    0.8 TB      1.4      35         320
+    warm-up 128K              180    0.7 TB      0.55     15         220
+    sparse 128K (1/8)         800    4   TB      3.3      40          60
+
+Of the curriculum from nothing, in 25 minutes: dense to 32K 0.05, 0.1 and 0.28 s a step, so 3,000, 1,000 and 600 steps; warm-up 0.12 s,
+so 600 and 700 (of 32K tokens); dense 64K 180, joint 330, warm-up 240, sparse 60. Other families' indexers, in 6 minutes: 400
+and 600 steps of warm-up to 32K, 300 at 128K (32 heads: 0.45 s), 35 sparse ones.
 """
 
 import argparse
 import json
 import math
+import os
 import random
 import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from mini_dsa.model import Config, MiniDsa
 from mini_dsa.tasks import make_sequence
 from mini_dsa.tokenizer import write_tokenizer
+from tiny_model import FAMILIES
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 
@@ -31,11 +62,13 @@ from tqdm import tqdm
 class Phase:
     """What is trained, and how.
 
-    mode          of `MiniDsa.forward`; "warm-up" trains the indexer alone, "dense" all but the indexer
+    mode          "dense" trains all but the indexer, "warm-up" the indexer alone, "joint" both of them, with dense attention;
+                  "sparse" both, with the attention that the indexer selects; "nextn" the NextN layer alone, but for its indexer
     length        bytes of a sequence
     batch         sequences of a step
     share         of the whole time, or of all steps
     lr            the highest learning rate; it falls to a tenth of it in the course of the phase
+    sparse_share  of the queries that attend sparsely in mode "sparse"; the others attend to all
     """
 
     name: str
@@ -44,35 +77,71 @@ class Phase:
     batch: int
     share: float
     lr: float
+    sparse_share: float = 1.0
 
 
+K = 1024
 # The length grows once retrieval works at the one before.
-PHASES = (
-    Phase("dense 2K", "dense", 2048, 64, 0.21, 2e-3),
-    Phase("dense 8K", "dense", 8192, 16, 0.13, 1e-3),
-    Phase("dense 32K", "dense", 32768, 4, 0.2, 7e-4),
-    Phase("warm-up 8K", "warm-up", 8192, 4, 0.13, 1e-3),
-    Phase("warm-up 32K", "warm-up", 32768, 1, 0.14, 5e-4),
-    Phase("sparse 32K", "sparse", 32768, 1, 0.19, 3e-4),
-)
+CURRICULA = {
+    "32k": (
+        Phase("dense 2K", "dense", 2 * K, 64, 0.21, 2e-3),
+        Phase("dense 8K", "dense", 8 * K, 16, 0.13, 1e-3),
+        Phase("dense 32K", "dense", 32 * K, 4, 0.2, 7e-4),
+        Phase("warm-up 8K", "warm-up", 8 * K, 4, 0.13, 1e-3),
+        Phase("warm-up 32K", "warm-up", 32 * K, 1, 0.14, 5e-4),
+        Phase("sparse 32K", "sparse", 32 * K, 1, 0.19, 3e-4),
+    ),
+    "128k": (
+        Phase("dense 2K", "dense", 2 * K, 64, 0.1, 2e-3),
+        Phase("dense 8K", "dense", 8 * K, 16, 0.07, 1e-3),
+        Phase("dense 32K", "dense", 32 * K, 4, 0.11, 7e-4),
+        Phase("warm-up 8K", "warm-up", 8 * K, 4, 0.05, 1e-3),
+        Phase("warm-up 32K", "warm-up", 32 * K, 1, 0.06, 5e-4),
+        Phase("dense 64K", "dense", 64 * K, 2, 0.08, 7e-4),
+        Phase("joint 128K", "joint", 128 * K, 1, 0.31, 5e-4),
+        Phase("warm-up 128K", "warm-up", 128 * K, 1, 0.09, 5e-4),
+        Phase("sparse 128K", "sparse", 128 * K, 1, 0.13, 3e-4, 1 / 8),
+    ),
+    # From a model of 32K, whose NextN layer is new if it is to have one.
+    "32k-to-128k": (
+        Phase("nextn 8K", "nextn", 8 * K, 16, 0.07, 2e-3),
+        Phase("dense 64K", "dense", 64 * K, 2, 0.14, 7e-4),
+        Phase("joint 128K", "joint", 128 * K, 1, 0.46, 5e-4),
+        Phase("warm-up 128K", "warm-up", 128 * K, 1, 0.13, 5e-4),
+        Phase("sparse 128K", "sparse", 128 * K, 1, 0.2, 3e-4, 1 / 8),
+    ),
+    # From a model of 128K, for another family's indexer.
+    "indexer-128k": (
+        Phase("warm-up 8K", "warm-up", 8 * K, 4, 0.12, 1e-3),
+        Phase("warm-up 32K", "warm-up", 32 * K, 1, 0.2, 5e-4),
+        Phase("warm-up 128K", "warm-up", 128 * K, 1, 0.38, 5e-4),
+        Phase("sparse 128K", "sparse", 128 * K, 1, 0.3, 3e-4, 1 / 8),
+    ),
+}
+ANSWER_ROOM = K  # tokens that a model takes beyond the longest sequences
 ANSWER_WEIGHT = 4.0  # of a byte of an answer; of any other, 1
 STEPS_TO_LR = 100
 LOG_EVERY = 5.0  # seconds; with --steps, every step is logged
+SAVE_EVERY = 60.0  # seconds
+COMPILED = (
+    32 * K
+)  # bytes of the longest sequences whose layers are compiled: longer ones do not need it
 
 
-class Sequences(IterableDataset):
-    """Endless sequences: tokens int64 [length + 1] and the mask of the answers, bool [length + 1]."""
+class Sequences(Dataset):
+    """Endless sequences: tokens int64 [length + 1] and the mask of the answers, bool [length + 1].
 
-    def __init__(self, text: bytes, length: int, seed: int):
+    Each is a function of the seed and its number alone.
+    """
+
+    def __init__(self, text: bytes, length: int, seed: str):
         self.text, self.length, self.seed = text, length, seed
 
-    def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
-        worker = torch.utils.data.get_worker_info()
-        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
-        while True:
-            sequence, mask = make_sequence(rng, self.text, self.length + 1)
-            tokens = torch.frombuffer(bytearray(sequence), dtype=torch.uint8)
-            yield tokens.long(), torch.frombuffer(mask, dtype=torch.uint8).bool()
+    def __getitem__(self, number: int) -> Tuple[Tensor, Tensor]:
+        rng = random.Random(f"{self.seed} {number}")
+        sequence, mask = make_sequence(rng, self.text, self.length + 1)
+        tokens = torch.frombuffer(bytearray(sequence), dtype=torch.uint8)
+        return tokens.long(), torch.frombuffer(mask, dtype=torch.uint8).bool()
 
 
 def learning_rate(phase: Phase, step: int, progress: float) -> float:
@@ -83,36 +152,104 @@ def learning_rate(phase: Phase, step: int, progress: float) -> float:
 
 def trained(model: MiniDsa, mode: str) -> List[torch.nn.Parameter]:
     """The parameters that a mode trains."""
+    part = model.nextn if mode == "nextn" else model
     return [
         parameter
-        for name, parameter in model.named_parameters()
-        if mode == "sparse" or (".indexer." in name) == (mode == "warm-up")
+        for name, parameter in part.named_parameters()
+        if mode in ("joint", "sparse") or ("indexer." in name) == (mode == "warm-up")
     ]
 
 
 def losses(
-    model: MiniDsa, tokens: Tensor, mask: Tensor, mode: str
+    model: MiniDsa, tokens: Tensor, mask: Tensor, phase: Phase
 ) -> Dict[str, Tensor]:
     """What is minimised ("total") and what is worth knowing: means over a batch of sequences.
 
-    "answers" is the share of the answers' bytes that are the likeliest ones, "kl" the indexer's loss.
+    "answers" is the share of the answers' bytes that are the likeliest ones, "kl" the indexer's loss, "draft_kl" that of the
+    NextN layer's indexer; "drafts" the share of the NextN layer's likeliest tokens that are the model's.
     """
-    hidden, kl = model(tokens[:, :-1], mode)
-    if mode == "warm-up":
-        return {"total": kl, "kl": kl}
+    warm_up, nextn = phase.mode == "warm-up", model.config.nextn
+    mode = {"joint": "warm-up", "nextn": "dense"}.get(phase.mode, phase.mode)
+    hidden, kl = model(tokens[:, :-1], mode, phase.sparse_share)
+    values = {"total": kl, "kl": kl}
+    if nextn:
+        drafted, draft_kl = model.draft(tokens[:, 1:], hidden, mode, phase.sparse_share)
+        values |= {"total": kl + draft_kl, "draft_kl": draft_kl}
+    if warm_up:
+        return values
     logits, targets, asked = model.lm_head(hidden).float(), tokens[:, 1:], mask[:, 1:]
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     weights = torch.where(asked.flatten(), ANSWER_WEIGHT, 1.0)
     right = (logits.argmax(-1) == targets)[asked]
-    return {
-        "total": (each * weights).sum() / weights.sum() + kl,
-        "text": each[~asked.flatten()].mean(),
-        "answers": right.float().sum() / max(1, right.numel()),
-        "kl": kl,
-    }
+    values["total"] = values["total"] + (each * weights).sum() / weights.sum()
+    values["text"] = each[~asked.flatten()].mean()
+    values["answers"] = right.float().sum() / max(1, right.numel())
+    if nextn:
+        # It is to say what the model is going to say; the last of its drafts is of a token behind the sequence.
+        logits = logits[:, 1:].detach()
+        drafts = F.linear(drafted[:, :-1], model.lm_head.weight.detach()).float()
+        draft_loss = F.cross_entropy(
+            drafts.flatten(0, 1), logits.softmax(-1).flatten(0, 1)
+        )
+        values["total"] = values["total"] + draft_loss
+        same = drafts.argmax(-1) == logits.argmax(-1)
+        values["drafts"] = same.float().mean()
+    return values
 
 
-def train_phase(model: MiniDsa, phase: Phase, text: bytes, args, log) -> None:
+class Paused(Exception):
+    """The time of this run is over, that of the training is not; its state is saved."""
+
+
+class Training:
+    """A training in the folder `out`: its model, its log, and the state from which it goes on."""
+
+    def __init__(self, model: MiniDsa, out: Path, resume: bool):
+        self.model, self.out = model, out
+        self.state = out / "training.pt"
+        # Phases that are over; of the one that follows, if it has begun, its steps, its seconds and the optimizer's state.
+        self.done, self.step, self.seconds = 0, 0, 0.0
+        self.optimizer: Optional[dict] = None
+        logged = 0
+        if resume:
+            saved = torch.load(self.state, map_location=model.lm_head.weight.device)
+            model.load_state_dict(saved["model"])
+            self.done, self.step = saved["done"], saved["step"]
+            self.seconds, self.optimizer = saved["seconds"], saved["optimizer"]
+            logged = saved["logged"]
+        self.log = (out / "training.jsonl").open("a")
+        self.log.truncate(logged)
+        self.log.seek(logged)
+
+    def save(self, step: int, seconds: float, optimizer: Optional[dict]) -> None:
+        self.log.flush()
+        saved = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer,
+            "done": self.done,
+            "step": step,
+            "seconds": seconds,
+            "logged": self.log.tell(),
+        }
+        # Never half of one.
+        new = self.state.with_suffix(".new")
+        torch.save(saved, new)
+        os.replace(new, self.state)
+
+    def end_phase(self) -> None:
+        self.model.save(self.out)
+        self.done, self.step, self.seconds, self.optimizer = self.done + 1, 0, 0.0, None
+        self.save(0, 0.0, None)
+
+
+def train_phase(
+    training: Training, phase: Phase, text: bytes, budget: float, args
+) -> None:
+    """Train from where the training is to the end of the phase.
+
+    budget: seconds of the phase, or steps; at least one step is made in any case.
+    """
+    model = training.model
     device = next(model.parameters()).device
     parameters = trained(model, phase.mode)
     for parameter in model.parameters():
@@ -122,20 +259,24 @@ def train_phase(model: MiniDsa, phase: Phase, text: bytes, args, log) -> None:
     optimizer = torch.optim.AdamW(
         parameters, betas=(0.9, 0.95), weight_decay=0.01, fused=device.type == "cuda"
     )
+    if training.optimizer:
+        optimizer.load_state_dict(training.optimizer)
     # The chunks of the other modes have too many shapes to be compiled, and are large enough not to need it.
-    torch.compiler.set_stance("default" if phase.mode == "dense" else "force_eager")
+    compiled = phase.mode in ("dense", "nextn") and phase.length <= COMPILED
+    torch.compiler.set_stance("default" if compiled else "force_eager")
+    torch.compiler.reset()  # there is a limit to the shapes that are compiled
+    step, seed = training.step, f"{args.seed} {phase.name}"
     loader = iter(
         DataLoader(
-            Sequences(text, phase.length, args.seed),
+            Sequences(text, phase.length, seed),
             batch_size=phase.batch,
+            sampler=range(step * phase.batch, 2**48),
             num_workers=args.workers,
             pin_memory=device.type == "cuda",
         )
     )
-    # Seconds or steps; at least one step in any case.
-    budget = phase.share * (args.steps or args.minutes * 60)
-    start = logged = time.monotonic()
-    step = 0
+    start = time.monotonic() - training.seconds
+    logged = saved = time.monotonic()
     unit = "step" if args.steps else "s"
     with tqdm(total=round(budget), desc=phase.name, unit=unit) as bar:
         while (spent := step if args.steps else time.monotonic() - start) < budget:
@@ -143,8 +284,10 @@ def train_phase(model: MiniDsa, phase: Phase, text: bytes, args, log) -> None:
             rate = learning_rate(phase, step, spent / budget)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            # What the model draws by chance is the step's, too.
+            torch.manual_seed(random.Random(f"{seed} step {step}").getrandbits(63))
             with torch.autocast(device.type, torch.bfloat16):
-                values = losses(model, tokens, mask, phase.mode)
+                values = losses(model, tokens, mask, phase)
             values["total"].backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -161,10 +304,17 @@ def train_phase(model: MiniDsa, phase: Phase, text: bytes, args, log) -> None:
                     "bytes": step * phase.batch * phase.length,
                     **shown,
                 }
-                log.write(json.dumps(record) + "\n")
-                log.flush()
+                training.log.write(json.dumps(record) + "\n")
+                training.log.flush()
                 bar.set_postfix(shown)
                 bar.update(round(spent) - bar.n)
+            paused = now > args.pause_at
+            if paused or now - saved > SAVE_EVERY:
+                training.save(step, now - start, optimizer.state_dict())
+                saved = time.monotonic()
+            if paused:
+                raise Paused
+    training.end_phase()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -174,32 +324,55 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus", type=Path, required=True, help="what corpus.py has written")
     add("--out", type=Path, required=True, help="the folder of the checkpoint")
+    add("--curriculum", choices=CURRICULA, default="32k")
+    add(
+        "--start",
+        type=Path,
+        help="a checkpoint to begin with; its indexers only if it is of the same family",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=20.0, help="of all phases")
     length.add_argument(
-        "--steps", type=int, help="of all phases, however long it takes"
+        "--steps",
+        type=int,
+        nargs="+",
+        help="of all phases, or of each phase, however long it takes",
     )
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=8, help="processes that make sequences")
+    add("--family", choices=FAMILIES, default=Config.family)
+    add("--nextn", action="store_true", help="with a NextN layer, which drafts tokens")
     add("--layers", type=int, default=Config.num_hidden_layers)
     add("--index-topk", type=int, default=Config.index_topk)
     add(
         "--longest",
         type=int,
-        default=32768,
         help="bytes of the longest sequences; phases with longer ones take these",
     )
     add("--batch-bytes", type=int, help="at most so many bytes in a step")
     add("--no-compile", dest="compile", action="store_false")
     add("--resume", action="store_true", help="go on with what --out holds")
-    return parser.parse_args()
+    add(
+        "--pause",
+        type=float,
+        default=math.inf,
+        help="minutes after which to end, in the middle of the training, if it is not over; --resume goes on",
+    )
+    args = parser.parse_args()
+    args.pause_at = time.monotonic() + args.pause * 60
+    count = len(phases(args))
+    if args.steps and len(args.steps) not in (1, count):
+        parser.error(f"--steps: {args.curriculum} has {count} phases")
+    return args
 
 
 def phases(args: argparse.Namespace) -> List[Phase]:
     """The phases within the limits that the command line sets."""
     limited = []
-    for phase in PHASES:
-        length = min(phase.length, args.longest)
+    for phase in CURRICULA[args.curriculum]:
+        if phase.mode == "nextn" and not args.nextn:
+            continue
+        length = min(phase.length, args.longest or phase.length)
         batch = phase.batch * phase.length // length
         if args.batch_bytes:
             batch = max(1, min(batch, args.batch_bytes // length))
@@ -207,13 +380,51 @@ def phases(args: argparse.Namespace) -> List[Phase]:
     return limited
 
 
+def budgets(args: argparse.Namespace) -> List[float]:
+    """Seconds or steps of each phase."""
+    if args.steps and len(args.steps) > 1:
+        return args.steps
+    whole = args.steps[0] if args.steps else args.minutes * 60
+    shares = [phase.share for phase in phases(args)]
+    return [share / sum(shares) * whole for share in shares]
+
+
+def begin_with(model: MiniDsa, start: Path) -> None:
+    """Take over a checkpoint's weights: all that the model has, but for the indexers of another family.
+
+    Raises:
+        ValueError: the checkpoint is of another shape.
+    """
+    other = MiniDsa.load(start)
+    known, weights = other.state_dict(), model.state_dict()
+    if other.config.family != model.config.family:
+        known = {n: weight for n, weight in known.items() if ".indexer." not in n}
+    known = {name: weight for name, weight in known.items() if name in weights}
+    for name, weight in known.items():
+        if weight.shape != weights[name].shape:
+            raise ValueError(f"{start}: {name} has shape {tuple(weight.shape)}")
+    model.load_state_dict(known, strict=False)
+    print(f"{len(known)} of {len(weights)} tensors are those of {start}", flush=True)
+
+
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = Config(num_hidden_layers=args.layers, index_topk=args.index_topk)
-    model = MiniDsa(config).to(device)
+    limited = phases(args)
+    config = Config(
+        family=args.family,
+        index_n_heads=FAMILIES[args.family].index_n_heads,
+        nextn=args.nextn,
+        num_hidden_layers=args.layers,
+        index_topk=args.index_topk,
+        max_position_embeddings=max(x.length for x in limited) + ANSWER_ROOM,
+    )
+    model = MiniDsa(config)
+    if args.start:
+        begin_with(model, args.start)
+    model.to(device)
     if args.compile:
         # Layer by layer: they are all alike, and are compiled once a phase.
         for layer in model.model.layers:
@@ -221,18 +432,17 @@ def main() -> None:
     text = (args.corpus / "train.txt").read_bytes()
     args.out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(args.out)
-    state, done = args.out / "training.pt", 0
-    if args.resume:
-        saved = torch.load(state, map_location=device)
-        model.load_state_dict(saved["model"])
-        done = saved["phases"]
-    with (args.out / "training.jsonl").open("a" if done else "w") as log:
-        for number, phase in enumerate(phases(args)[done:], done + 1):
-            train_phase(model, phase, text, args, log)
-            model.save(args.out)
-            torch.save({"model": model.state_dict(), "phases": number}, state)
+    training = Training(model, args.out, args.resume)
+    with training.log:
+        left = list(zip(limited, budgets(args)))[training.done :]
+        try:
+            for phase, budget in left:
+                train_phase(training, phase, text, budget, args)
+        except Paused:
+            print(f"paused; --resume goes on with {args.out}", flush=True)
+            return
     shutil.copy(args.corpus / "corpus.json", args.out)
-    state.unlink()
+    training.state.unlink()
 
 
 if __name__ == "__main__":

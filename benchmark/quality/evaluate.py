@@ -81,6 +81,7 @@ def ask(args: argparse.Namespace, url: str) -> None:
         *("niah.py", "--url", url, "--haystack", args.text),
         *("--output", args.output / "niah.json", "--trials", args.trials),
         *("--contexts", *args.contexts, "--depths", *args.depths),
+        *("--alike", *args.alike),
     )
     run(
         *("perplexity.py", "--url", url, "--text", args.text),
@@ -131,6 +132,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     add("--depths", type=int, nargs="+", default=DEPTHS, help="of needles, in percent")
     add("--trials", type=int, default=10, help="needles of every context and depth")
+    add("--alike", type=int, nargs="*", default=[], help="needles of one key, beside")
     add("--windows", type=int, default=32, help="of perplexity, for every context")
     add("--scored", type=int, default=2048, help="tokens at the end of a window")
     add("--recall-prompts", type=int, default=8, help="of the longest context")

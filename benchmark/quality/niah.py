@@ -4,7 +4,8 @@
     python benchmark/quality/plot_niah.py niah.json niah.png         # needs matplotlib
 
 A needle says a number that is asked for at the end. With several, the first lies at the depth that is measured and the others
-anywhere; each is asked for by a request of its own. What the server runs (DSA, MISA and its numbers) is read from the server.
+anywhere; each is asked for by a request of its own. Each has a key of its own, or, with --alike, they have one key and are told
+apart by an adjective that the question names, so that an answer must not come from a needle that is only like it. What the server runs (DSA, MISA and its numbers) is read from the server.
 Every variant is asked the same questions. Answers are kept beside the output, so a run that was broken off goes on, and
 several servers can be asked one after another into the same file.
 """
@@ -13,7 +14,7 @@ import argparse
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Dict, List, Tuple
 
@@ -22,8 +23,15 @@ from tqdm import tqdm
 
 from sglang_misa.client import Client
 
-NEEDLE = "\nThe magic number of {key} is {value}.\n"
-QUESTION = "\nWhat is the magic number of {key}? The magic number of {key} is"
+NEEDLE = "\nThe {adjective} number of {key} is {value}.\n"
+QUESTION = (
+    "\nWhat is the {adjective} number of {key}? The {adjective} number of {key} is"
+)
+# The first is that of needles with keys of their own. All have six letters but the first, so prompts differ by few tokens.
+ADJECTIVES = (
+    *("magic", "secret", "hidden", "golden", "silent", "second", "winter", "broken"),
+    "purple",
+)
 ANSWER_TOKENS = 12
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
 DEPTHS = range(0, 101, 10)  # percent of the text before a needle
@@ -31,22 +39,44 @@ DEPTHS = range(0, 101, 10)  # percent of the text before a needle
 
 @dataclass(frozen=True)
 class Trial:
-    """One haystack. context: tokens of the prompt; depth: percent of the way to the question."""
+    """One haystack. context: tokens of the prompt; depth: percent of the way to the question; alike: the needles have one key."""
 
     context: int
     depth: int
     needles: int
     number: int
+    # Not in what the random numbers are made of, so that trials without it stay what they were.
+    alike: bool = field(default=False, repr=False)
 
 
-def make_needles(trial: Trial) -> Dict[str, str]:
-    """Key and value of every needle; the same for the same trial."""
+def make_needles(trial: Trial) -> Dict[Tuple[str, str], str]:
+    """Adjective and key, and value, of every needle; the same for the same trial.
+
+    Raises:
+        ValueError: more needles are alike than there are adjectives.
+    """
     rng = random.Random(repr(trial))
-    needles: Dict[str, str] = {}
+    if trial.alike:
+        if trial.needles >= len(ADJECTIVES):
+            raise ValueError(f"at most {len(ADJECTIVES) - 1} needles can be alike")
+        key = "".join(rng.choices(SYLLABLES, k=4))
+        names = [(adjective, key) for adjective in rng.sample(ADJECTIVES[1:], trial.needles)]  # fmt: skip
+        return {name: str(rng.randrange(1_000_000, 10_000_000)) for name in names}
+    needles: Dict[Tuple[str, str], str] = {}
     while len(needles) < trial.needles:
         key = "".join(rng.choices(SYLLABLES, k=4))
-        needles[key] = str(rng.randrange(1_000_000, 10_000_000))
+        needles[ADJECTIVES[0], key] = str(rng.randrange(1_000_000, 10_000_000))
     return needles
+
+
+def tell(name: Tuple[str, str], value: str) -> str:
+    adjective, key = name
+    return NEEDLE.format(adjective=adjective, key=key, value=value)
+
+
+def question(name: Tuple[str, str]) -> str:
+    adjective, key = name
+    return QUESTION.format(adjective=adjective, key=key)
 
 
 def make_prompts(
@@ -63,8 +93,8 @@ def make_prompts(
     """
     rng = random.Random(f"{trial!r} places")
     needles = make_needles(trial)
-    told = [tokenize(NEEDLE.format(key=k, value=v)) for k, v in needles.items()]
-    asked = [tokenize(QUESTION.format(key=key)) for key in needles]
+    told = [tokenize(tell(name, value)) for name, value in needles.items()]
+    asked = [tokenize(question(name)) for name in needles]
     room = trial.context - sum(map(len, told)) - max(map(len, asked))
     if room < 0:
         raise ValueError(
@@ -122,7 +152,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="the result, JSON")
     add("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     add("--depths", type=int, nargs="+", default=DEPTHS)
-    add("--needles", type=int, nargs="+", default=[1, 4])
+    add("--needles", type=int, nargs="*", default=[1, 4])
+    add("--alike", type=int, nargs="*", default=[], help="needles of one key")
     add("--trials", type=int, default=10, help="of every cell")
     add("--parallel", type=int, default=4, help="requests at once")
     return parser.parse_args()
@@ -140,12 +171,15 @@ def main() -> None:
     kept = KeptAnswers(args.output)
     names = Trial.__dataclass_fields__
     done = {
-        Trial(**{name: answer[name] for name in names}) for answer in kept.of(**variant)
+        Trial(**{name: answer[name] for name in names if name in answer})
+        for answer in kept.of(**variant)
     }
+    kinds = [(needles, False) for needles in args.needles]
+    kinds += [(needles, True) for needles in args.alike]
     trials = [
-        Trial(context, depth, needles, number)
+        Trial(context, depth, needles, number, alike)
         for context in args.contexts
-        for needles in args.needles
+        for needles, alike in kinds
         for depth in args.depths
         for number in range(args.trials)
     ]
@@ -153,7 +187,10 @@ def main() -> None:
     with ThreadPoolExecutor(args.parallel) as pool:
         asked = pool.map(lambda trial: (trial, ask(server, trial, haystack)), left)
         for trial, found in tqdm(asked, total=len(left), unit="trial"):
-            kept.add(variant | asdict(trial) | {"found": found})
+            answer = asdict(trial)
+            if not trial.alike:
+                del answer["alike"]  # as it was before there were such needles
+            kept.add(variant | answer | {"found": found})
     args.output.write_text(json.dumps(summarize(kept.answers), indent=1) + "\n")
 
 

@@ -12,10 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def title(variant, needles) -> str:
+def title(variant, needles, alike) -> str:
     name, *numbers = variant
     shown = [f"{letter} = {n}" for letter, n in zip("hBm", numbers) if n]
-    return f"{', '.join([name, *shown])}: {needles} needle{'s' * (needles > 1)}"
+    return f"{', '.join([name, *shown])}: {needles} needle{'s' * (needles > 1)}{', alike' * alike}"
 
 
 def main() -> None:
@@ -27,7 +27,8 @@ def main() -> None:
     maps = {}
     for r in results:
         variant, cell = Variant.of(r), (r["depth"], r["context"])
-        maps.setdefault((variant, r["needles"]), {})[cell] = r["value"]
+        kind = r["needles"], r.get("alike", False)
+        maps.setdefault((variant, kind), {})[cell] = r["value"]
     variants, needles = (sorted(set(values)) for values in zip(*maps))
     # The same cells in all of them: white is what was not measured.
     depths, contexts = (sorted({r[n] for r in results}) for n in ("depth", "context"))
@@ -43,7 +44,7 @@ def main() -> None:
         image = axis.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axis.set_xticks(range(len(contexts)), [f"{c / 1024:g}K" for c in contexts])
         axis.set_yticks(range(len(depths)), [f"{d}%" for d in depths])
-        axis.set(title=title(*key), xlabel="context, tokens", ylabel="depth")
+        axis.set(title=title(key[0], *key[1]), xlabel="context, tokens", ylabel="depth")
         figure.colorbar(image, ax=axis, label="found")
     figure.savefig(args.image, dpi=120)
 

@@ -64,7 +64,8 @@ def with_tasks(records: List[Dict]) -> List[Dict]:
         if record["metric"] == "niah":
             found = round(record["value"] * record["n"])
             answer = Variant.of(record)._asdict() | {"context": record["context"]}
-            answer["task"] = f"{context}, needles: {record['needles']}"
+            alike = ", alike" if record.get("alike") else ""
+            answer["task"] = f"{context}, needles: {record['needles']}{alike}"
             answer["found"] = [True] * found + [False] * (record["n"] - found)
             needles.append(answer)
         elif record["metric"] in COMPUTED:

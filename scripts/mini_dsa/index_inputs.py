@@ -44,12 +44,15 @@ def index_inputs(model: MiniDsa, tokens: Tensor, rows: int) -> Dict[str, Tensor]
     positions = torch.arange(len(tokens), device=tokens.device)
     x = model.model.embed_tokens(tokens[None])
     layers = []
-    for layer in model.model.layers:
+    for layer in model.layers:
         normed, attention = layer.input_layernorm(x), layer.self_attn
         q_latent = attention.q_a_layernorm(attention.q_a_proj(normed))
         q, k, weights = attention.indexer(normed, q_latent, positions)
-        q, q_scale = quantize(rotate_activation(q[0, -rows:]).float(), True)
-        k, k_scale = quantize(rotate_activation(k[0]).float(), True)
+        q, k = q[0, -rows:], k[0]
+        if not model.config.index_rope_interleave:  # else SGLang leaves that out
+            q, k = rotate_activation(q), rotate_activation(k)
+        q, q_scale = quantize(q.float(), True)
+        k, k_scale = quantize(k.float(), True)
         layers.append((q, weights[0, -rows:] * q_scale, k, k_scale))
         x, _ = layer(x, positions, "sparse")
     names = ("q", "weights", "k", "k_scale")

@@ -11,7 +11,10 @@ from typing import Callable, List, Tuple
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DIGITS = "0123456789"
 SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
-ADJECTIVES = ("magic", "secret", "lucky", "special", "hidden", "golden")
+ADJECTIVES = (
+    *("magic", "secret", "lucky", "special", "hidden", "golden"),
+    *("silent", "final", "second", "winter", "broken", "purple"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,16 @@ def multi_needle(rng: random.Random) -> Task:
     ]
 
 
+def alike_needles(rng: random.Random) -> Task:
+    """Up to eight numbers of one name, told alike but for an adjective, by which some of them are asked for."""
+    key, adjectives = name(rng), rng.sample(ADJECTIVES, rng.randint(2, 8))
+    values = {adjective: number(rng) for adjective in adjectives}
+    return [Statement(told(adjective, key, v)) for adjective, v in values.items()] + [
+        Statement(asked(adjective, key), f" {values[adjective]}.\n")
+        for adjective in rng.sample(adjectives, 2)
+    ]
+
+
 def key_value(rng: random.Random) -> Task:
     """Lines `key = value`, one of which is asked for."""
     lines = {name(rng): number(rng) for _ in range(rng.randint(4, 16))}
@@ -114,6 +127,7 @@ TASKS: Tuple[Callable[[random.Random], Task], ...] = (
     needle,
     worded_needle,
     multi_needle,
+    alike_needles,
     key_value,
     copying,
     few_shot,

@@ -10,7 +10,16 @@ import pytest
 from fake_server import FakeServer
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark" / "quality"
-from niah import NEEDLE, QUESTION, Trial, make_needles, make_prompts, summarize
+from mini_dsa import tasks
+from niah import (
+    ADJECTIVES,
+    Trial,
+    make_needles,
+    make_prompts,
+    question,
+    summarize,
+    tell,
+)
 
 HAY = "Nothing is said of numbers here. " * 400
 
@@ -19,29 +28,54 @@ def tokenize(text):
     return list(text.encode())
 
 
-@pytest.mark.parametrize("needles", [1, 4])
+@pytest.mark.parametrize("needles, alike", [(1, False), (4, False), (8, True)])
 @pytest.mark.parametrize("depth", [0, 37, 100])
 @pytest.mark.parametrize("context", [700, 4096])
-def test_prompts(context, depth, needles):
-    trial = Trial(context, depth, needles, 3)
+def test_prompts(context, depth, needles, alike):
+    trial = Trial(context, depth, needles, 3, alike)
     told = make_needles(trial)
     prompts = make_prompts(trial, tokenize(HAY), tokenize)
     assert prompts == make_prompts(trial, tokenize(HAY), tokenize)
     assert len(prompts) == len(told) == needles
-    for (tokens, value), (key, expected) in zip(prompts, told.items()):
+    for (tokens, value), (name, expected) in zip(prompts, told.items()):
         text = bytes(tokens).decode()
-        # All keys have as many letters, so all prompts have the length that was asked for.
+        # All names have as many letters, so all prompts have the length that was asked for.
         assert value == expected and len(tokens) == context
-        assert text.endswith(QUESTION.format(key=key))
-        for k, v in told.items():
-            assert text.count(NEEDLE.format(key=k, value=v)) == 1
+        assert text.endswith(question(name))
+        for needle in told.items():
+            assert text.count(tell(*needle)) == 1
     first, number = next(iter(told.items()))
-    place = text.index(NEEDLE.format(key=first, value=number))
+    place = text.index(tell(first, number))
     if needles == 1:
-        room = context - len(
-            NEEDLE.format(key=first, value=number) + QUESTION.format(key=first)
-        )
+        room = context - len(tell(first, number) + question(first))
         assert place == round(room * depth / 100)
+
+
+def test_alike_needles_differ_in_what_the_question_names():
+    told = make_needles(Trial(4096, 50, 8, 0, True))
+    adjectives, keys = zip(*told)
+    assert len(set(keys)) == 1 and len(set(adjectives)) == 8
+    assert len(set(told.values())) == 8
+    with pytest.raises(ValueError, match="at most 8 needles can be alike"):
+        make_needles(Trial(4096, 50, 9, 0, True))
+
+
+def test_needles_are_what_they_were():
+    """Results of other days were asked the same."""
+    (needle,) = make_needles(Trial(32768, 40, 1, 2)).items()
+    assert tell(*needle) == "\nThe magic number of baganona is 4252980.\n"
+    assert (
+        question(needle[0])
+        == "\nWhat is the magic number of baganona? The magic number of baganona is"
+    )
+
+
+def test_mini_dsa_knows_the_words():
+    """It is trained on sentences of the same form."""
+    assert set(ADJECTIVES) <= set(tasks.ADJECTIVES)
+    name = "winter", "bakodi"
+    assert tell(name, "17") == tasks.told(*name, "17")
+    assert question(name) == tasks.asked(*name)
 
 
 def test_needles_that_do_not_fit():
@@ -69,8 +103,10 @@ def finder():
             return {"tokens": tokenize(body["prompt"])}
         server.asked += 1
         text = bytes(body["prompt"]).decode()
-        key = text.split()[-2]
-        found = re.search(f"number of {key} is (\\d+)", text[: len(text) // 2])
+        *_, adjective, _, _, key, _ = text.split()
+        found = re.search(
+            f"{adjective} number of {key} is (\\d+)", text[: len(text) // 2]
+        )
         return {"choices": [{"text": f" {found[1]}.\n" if found else " 42"}]}
 
     with FakeServer(answer, asked=0) as server:
@@ -87,7 +123,9 @@ def test_command(finder, tmp_path):
         finder.url,
     ]
     command += ["--haystack", tmp_path / "hay.txt", "--output", output]
-    command += "--contexts 1024 2048 --depths 0 20 80 --needles 1 --trials 3".split()
+    command += "--contexts 1024 2048 --depths 0 20 80 --trials 3".split()
+    both_kinds = [*command, *"--needles --alike 2".split()]
+    command += ["--needles", "1"]
 
     subprocess.run(command, check=True)
     assert finder.asked == 18
@@ -123,6 +161,13 @@ def test_command(finder, tmp_path):
     both = json.loads(output.read_text())
     assert both[:6] == results
     assert {(r["variant"], r["active_heads"]) for r in both[6:]} == {("misa", 8)}
+
+    # Needles that are alike are a cell of their own.
+    subprocess.run(both_kinds, check=True)
+    assert finder.asked == 38 + 36
+    alike = json.loads(output.read_text())
+    assert alike[:12] == both and len(alike) == 18
+    assert {(r["needles"], r["alike"], r["n"]) for r in alike[12:]} == {(2, True, 6)}
 
     (tmp_path / "hay.txt").write_text(HAY[:1500])
     failed = subprocess.run(command, stderr=subprocess.PIPE, text=True)

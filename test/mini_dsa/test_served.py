@@ -1,8 +1,11 @@
-"""mini-DSA in SGLang: its log-probabilities and selections, and the attention that a server records, are the model's."""
+"""mini-DSA in SGLang: its log-probabilities and selections, what its NextN layer drafts, and the attention that a server records,
+are the model's, in both families.
+"""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,13 @@ from recall import dense_attention
 from tiny_model import make_weights
 
 from sglang.srt.layers.misa.evaluation.capture import ATTENTION_STRIDE
-from sglang_misa.server import serve, tokens
+from sglang_misa.server import chain, serve, tokens
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark" / "quality"
 TOPK = 256
 CONFIG = Config(num_hidden_layers=2, num_attention_heads=4, index_topk=TOPK)
+GLM = replace(CONFIG, family="glm_moe_dsa", index_n_heads=32, nextn=True)
+DRAFTS = 2
 
 pytestmark = [
     pytest.mark.skipif(
@@ -28,30 +33,104 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model():
+def random_model(config):
     """Random weights of a realistic scale: the model's own first ones would hide what attention does."""
-    model = MiniDsa(CONFIG)
-    model.load_state_dict(make_weights(CONFIG.to_json(), seed=0))
+    model = MiniDsa(config)
+    model.load_state_dict(make_weights(config.to_json(), seed=0))
     return model
 
 
 @pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mini_dsa")
+def model():
+    return random_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def glm():
+    return random_model(GLM)
+
+
+def serve_model(model, folder, *args):
     model.save(folder)
     write_tokenizer(folder)
-    with serve(folder, folder) as running:
+    return serve(folder, folder, *args)
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with serve_model(model, tmp_path_factory.mktemp("mini_dsa")) as running:
         yield running
 
 
 @torch.no_grad()
 def test_server_computes_the_same(model, server):
+    check_prompt(model, server)
+
+
+@torch.no_grad()
+def test_glm_and_its_drafts(glm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glm")
+    with serve_model(glm, folder, *chain(DRAFTS)) as server:
+        check_prompt(glm, server)
+        check_draft_keys(glm, server)
+        check_drafts(glm, server)
+
+
+def check_draft_keys(model, server):
+    """What the NextN layer's indexer keeps of a prompt: it has read the same tokens, at the same positions."""
+    prompt = tokens(300, 1)
+    server.reset()
+    server.generate(prompt, 1)
+    (record,) = [r for r in server.records() if r["draft"] and not r["decode"]]
+    count = len(prompt) - 1  # the last one's is of the token that was generated
+    inputs = torch.tensor([prompt])
+    layer, positions = model.nextn, torch.arange(count)
+    hidden, _ = model(inputs[:, :-1], "dense")
+    parts = layer.enorm(model.model.embed_tokens(inputs[:, 1:])), layer.hnorm(hidden)
+    x = layer.input_layernorm(layer.eh_proj(torch.cat(parts, dim=-1)))
+    expected = layer.self_attn.indexer.keys(x, positions)[0]
+    served = (record["k"].float() * record["k_scale"][:, None])[:count]
+    difference = (served - expected).norm() / expected.norm()
+    print(f"keys of the NextN layer differ by {difference:.3f}")
+    assert difference < 0.05
+    shifted = (served[1:] - expected[:-1]).norm() / expected.norm()
+    assert shifted > 0.5
+
+
+def check_drafts(model, server):
+    """As many of them are right as the model would get right that drafts in the same way."""
+    count = 48
+    for seed in range(2):
+        prompt = tokens(100, seed)
+        answer = server.generate(prompt, count)
+        text = prompt + answer["output_ids"]
+        hidden, _ = model(torch.tensor([text]), "dense")
+        known, found = len(prompt) + 1, 0
+        while known < len(text):
+            read, before = text[1:known], hidden[:, : known - 1]
+            for _ in range(DRAFTS):
+                drafted, _ = model.draft(torch.tensor([read]), before, "dense")
+                read = read + [int(model.lm_head(drafted[:, -1]).argmax())]
+                before = torch.cat([before, drafted[:, -1:]], dim=1)
+            same = 0
+            for draft, token in zip(read[known - 1 :], text[known:]):
+                if draft != token:
+                    break
+                same += 1
+            found, known = found + same, known + same + 1
+        served = answer["meta_info"]["spec_num_correct_drafts"]
+        print(f"{served} drafts were right, {found} of the model's")
+        assert abs(served - found) <= 2 and found > 5
+        assert found < count * DRAFTS // (DRAFTS + 1)  # some were wrong
+
+
+def check_prompt(model, server):
+    """A prompt's log-probabilities, and what the first layer selects for it."""
     prompt = tokens(1500)
     server.reset()
     server.set_chunk(8192)
     answer = server.generate(prompt, 1, return_logprob=True, logprob_start_len=0)
-    records = [r for r in server.records() if len(r["q"]) > 1]
+    records = [r for r in server.records() if len(r["q"]) > 1 and not r["draft"]]
     served = [row[0] for row in answer["meta_info"]["input_token_logprobs"][1:]]
 
     inputs = torch.tensor([prompt])
