@@ -4,14 +4,13 @@ Left: prefill, over the context length. Right: decode and verify, one group of b
 of keys were measured, what the worst of them leaves of the speed-up is drawn beside it, with its name.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import plotting
 from indexer.data import USUAL
 from indexer.report import lowest_speedups
 
@@ -108,15 +107,5 @@ def draw(records: list, output: Path) -> None:
     figure.savefig(output, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="benchmark/results/indexer_<gpu>.json")
-    parser.add_argument("--output", type=Path, help="default: the same name, .png")
-    args = parser.parse_args()
-    output = args.output or args.json.with_suffix(".png")
-    draw(json.loads(args.json.read_text()), output)
-    print(f"wrote {output}")
-
-
 if __name__ == "__main__":
-    main()
+    plotting.main(__doc__, "benchmark/results/indexer_<gpu>.json", draw)

@@ -4,8 +4,6 @@ Time to first token and time per output token over the context, at the least con
 heads that score, and throughput a GPU against what a user sees, tokens a second, a line for each variant over the concurrency.
 """
 
-import argparse
-import json
 import textwrap
 from pathlib import Path
 from typing import Dict, List
@@ -14,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import plotting
 from serving.configurations import BASELINE
 from serving.records import THROUGHPUT, label, served
 
@@ -115,15 +114,5 @@ def draw(records: List[Dict], output: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="benchmark/results/serving_<gpu>.json")
-    parser.add_argument("--output", type=Path, help="default: the same name, .png")
-    args = parser.parse_args()
-    output = args.output or args.json.with_suffix(".png")
-    draw(json.loads(args.json.read_text()), output)
-    print(f"wrote {output}")
-
-
 if __name__ == "__main__":
-    main()
+    plotting.main(__doc__, "benchmark/results/serving_<gpu>.json", draw)

@@ -12,7 +12,7 @@ DEFAULT_BLOCK_SIZE = 1024
 DEFAULT_RERANK_CANDIDATES = 4096
 # Prompt tokens that see at most so many tokens are left to all heads where --misa-min-context does not say, by the indexer's
 # number of heads, on a GPU and with candidates to re-rank: up to it SGLang's own path is as fast (benchmark/results), and it is a
-# multiple of the usual chunks of a prompt, so that a chunk seldom has tokens on either side.
+# multiple of the usual chunks of a prompt, so that a chunk seldom has tokens on both sides of it.
 DEFAULT_MIN_CONTEXT = {64: 16384, 32: 24576}
 
 
