@@ -80,6 +80,7 @@ def build(
         compile.print_usage(
             label, {name: usage for name, (usage, _) in objects.items()}
         )
+        compile.compile_launches(arguments, architecture, folder)
         library = LIB / f"{label}.so"
         compile.link(names, architecture, folder, library)
         held[label] = manifest.entry(library, architecture, folder, arguments)

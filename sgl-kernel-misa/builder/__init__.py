@@ -1,4 +1,4 @@
-"""The build of the kernels: TileLang -> CUDA (generate) -> objects and a library (compile) -> what it holds (manifest)."""
+"""The build of the kernels: TileLang -> CUDA (generate) -> objects and a library (compile, launches) -> what it holds (manifest)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,5 +24,6 @@ class Architecture:
 
 ARCHITECTURES = {"sm90a": Architecture("sm_90a", (9, 0))}
 
-# What a kernel exports, after its name and an underscore.
-FUNCTIONS = ("call", "init", "get_last_error")
+# What is exported: of a kernel, after its name and an underscore, and beside the kernels.
+FUNCTIONS = ("run", "init", "get_last_error")
+LAUNCH_CHAIN = "launch_chain"

@@ -17,7 +17,15 @@ from typing import List, Mapping, Optional, Sequence, Tuple
 import tilelang
 import tilelang.env
 
-from builder import FUNCTIONS, INCLUDE, LIB, ROOT, Architecture
+from builder import (
+    FUNCTIONS,
+    INCLUDE,
+    LAUNCH_CHAIN,
+    LIB,
+    ROOT,
+    Architecture,
+    launches,
+)
 
 NVCC_FLAGS = ["-std=c++20", "-O3", "--compiler-options", "-fPIC"]
 
@@ -185,18 +193,28 @@ def parse_usage(text: str) -> List[Usage]:
     ]
 
 
+def compile_launches(
+    arguments: Mapping[str, List[Tuple[str, str]]],
+    architecture: Architecture,
+    folder: Path,
+) -> None:
+    """Compile the functions that launch the kernels; `link` adds them."""
+    compile_object(launches.NAME, launches.source(arguments), architecture, folder)
+
+
 def link(
     names: Sequence[str], architecture: Architecture, folder: Path, library: Path
 ) -> None:
-    """Link the kernels' objects into a library that exports their host functions and nothing else."""
+    """Link the kernels' objects and that of their launches into a library that exports their host functions and nothing else."""
     exports = folder / "exports.map"
     functions = [f"{name}_{function};" for name in names for function in FUNCTIONS]
+    functions.append(f"{LAUNCH_CHAIN};")
     exports.write_text(f"{{ global: {' '.join(functions)} local: *; }};\n")
     linked = folder / library.name
     command = ["-shared", "-cudart", "static", architecture.gencode, "-o", linked.name]
     # NVIDIA's packages keep the libraries in lib, where nvcc does not look; $CUDA_HOME has them in lib64.
     command += ["-L", "cuda/lib", "-Xlinker", f"--version-script={exports.name}"]
-    run_nvcc(folder, *command, *(f"{name}.o" for name in names))
+    run_nvcc(folder, *command, *(f"{name}.o" for name in (*names, launches.NAME)))
     # In one step, so that a process that has the old library loaded keeps it.
     library.parent.mkdir(parents=True, exist_ok=True)
     staged = library.with_suffix(".new")
@@ -212,6 +230,7 @@ def try_tools(architecture: Architecture, folder: Path) -> None:
         OSError: the library cannot be put there.
     """
     compile_object(PROBE, PROBE_SOURCE, architecture, folder)
+    compile_launches({PROBE: [("out", "pointer")]}, architecture, folder)
     library = LIB / f"{PROBE}.so"
     link([PROBE], architecture, folder, library)
     library.unlink()

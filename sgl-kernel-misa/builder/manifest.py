@@ -39,6 +39,7 @@ def sources_digest() -> str:
         *(ROOT / "builder").rglob("*.py"),
         *(ROOT / "misa_kernels").rglob("*.py"),
         *INCLUDE.rglob("*.cuh"),
+        *INCLUDE.rglob("*.h"),
         LIB.parent / "constants.py",
     ]
     lines = [

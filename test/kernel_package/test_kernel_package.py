@@ -1,5 +1,8 @@
 """The package on a machine without a GPU: it imports, knows its results' shapes and says what is missing or wrong."""
 
+import contextlib
+import ctypes
+import gc
 import os
 import re
 import shutil
@@ -12,17 +15,13 @@ import pytest
 import sgl_kernel_misa
 import torch
 from hopper import needs_hopper
-from sgl_kernel_misa import (
-    decode,
-)
 from sgl_kernel_misa import device as devices
-from sgl_kernel_misa import (
-    library,
-    pooled_keys,
-    routing,
-)
+from sgl_kernel_misa import library
 from sgl_kernel_misa.constants import RERANK_CAPACITIES
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from builder import INCLUDE
+from builder import launches as launches_of_kernels
 
 TOKENS, HEADS, SEQUENCES, PAGES = 12, 64, 3, 40
 OPS = (
@@ -341,23 +340,24 @@ def launches(monkeypatch):
     kernels = library._manifest()["sm90a"]["kernels"]
     found = []
 
-    def launch(name, /, **arguments):
-        expected = dict(kernels[name])
-        assert arguments.keys() == expected.keys(), name
-        for argument, kind in expected.items():
-            if kind == "pointer":
-                assert isinstance(arguments[argument], torch.Tensor), argument
-            else:
-                struct.pack(library._TYPES[kind][1], arguments[argument])
-        found.append((name, arguments))
+    def launch_chain(chain, *tensors):
+        given = dict(zip(chain.tensors, tensors, strict=True))
+        places = {**{name: name for name in given}}
+        places |= {name: tensor for name, (tensor, _) in chain.inside.items()}
+        for step in chain.steps:
+            expected = dict(kernels[step.kernel])
+            numbers = {name for name, kind in expected.items() if kind != "pointer"}
+            assert step.numbers.keys() == numbers, step.kernel
+            for name in numbers:
+                struct.pack(library._TYPES[expected[name]], step.numbers[name])
+            arguments = {
+                name: given[places[step.renamed.get(name, name)]]
+                for name in expected.keys() - numbers
+            }
+            assert all(isinstance(x, torch.Tensor) for x in arguments.values())
+            found.append((step.kernel, {**arguments, **step.numbers}))
 
-    def launch_prepared(prepared, *tensors):
-        given = dict(zip(prepared.tensors, tensors, strict=True))
-        launch(prepared.name, **given, **prepared.numbers)
-
-    for module in (decode, pooled_keys, routing):
-        monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(library.Launch, "__call__", launch_prepared)
+    monkeypatch.setattr(library.Chain, "__call__", launch_chain)
 
     def launches_of(op, sms=H100, **changes):
         monkeypatch.setattr(devices, "_num_sms", lambda index: sms)
@@ -481,68 +481,191 @@ def test_grids_follow_the_device(launches):
         assert score["blocks"] == sms
 
 
-class Compiled:
-    """A compiled library, and the calls of its functions."""
+ARGUMENTS = {
+    "scale": [
+        *(("q", "pointer"), ("out", "pointer")),
+        *(("rows", "int32"), ("factor", "float32"), ("bytes", "int64")),
+        *(("mask", "uint32"), ("limit", "float64")),
+    ],
+    "add": [("x", "pointer"), ("out", "pointer"), ("rows", "int32")],
+}
+SCALED = dict(rows=-3, factor=0.5, bytes=1 << 40, mask=(1 << 32) - 1, limit=1e-300)
+VALUES = tuple(map(float, SCALED.values()))
+# Kernels that write down how they were called; `add` fails where there are no rows.
+KERNELS = """
+#include <vector>
+std::vector<double> calls;
+extern "C" int scale_call(void* q, void* out, int rows, float factor, int64_t bytes, uint32_t mask, double limit, void* stream) {
+  for (double x : {1., double(uintptr_t(q)), double(uintptr_t(out)), double(rows), double(factor), double(bytes), double(mask),
+                   limit, double(uintptr_t(stream))})
+    calls.push_back(x);
+  return 0;
+}
+extern "C" int add_call(void* x, void* out, int rows, void* stream) {
+  for (double x : {2., double(uintptr_t(x)), double(uintptr_t(out)), double(rows), double(uintptr_t(stream))}) calls.push_back(x);
+  return rows == 0;
+}
+extern "C" int scale_init() { calls.push_back(0); return 0; }
+extern "C" int add_init() { return 0; }
+extern "C" const char* scale_get_last_error() { return "scale has failed"; }
+extern "C" const char* add_get_last_error() { return "add has failed"; }
+extern "C" int taken(double* values) {
+  int count = calls.size();
+  for (int i = 0; i < count; ++i) values[i] = calls[i];
+  calls.clear();
+  return count;
+}
+"""
 
-    def __init__(self):
-        self.calls = []
 
-    def __getattr__(self, name):
-        def function(*values):
-            self.calls.append((name, *values))
-            return 0
-
-        return function
+@pytest.fixture(scope="module")
+def host_code(tmp_path_factory):
+    """The kernels above in a library with the host code that the builder writes for them."""
+    folder = tmp_path_factory.mktemp("launches")
+    source, path = folder / "launches.cpp", folder / "launches.so"
+    source.write_text(launches_of_kernels.source(ARGUMENTS) + KERNELS)
+    flags = ["-std=c++20", "-shared", "-fPIC", "-I", INCLUDE, "-o", path]
+    subprocess.run(["g++", *flags, source], check=True)
+    return ctypes.CDLL(str(path))
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """A library with the kernel `scale` on device 0. A tensor's first value says on what device it is."""
-    compiled, device = Compiled(), 0
-    arguments = [
-        *(("q", "pointer"), ("out", "pointer")),
-        *(("rows", "int32"), ("factor", "float32")),
-    ]
-    kernel = library._Kernel(compiled, "scale", arguments, device)
-    monkeypatch.setitem(library._kernels, device, {"scale": kernel})
+def taken(host_code, monkeypatch):
+    """The kernels above on device 0, and what they were called with since the last time. A tensor's first value is its device."""
+    device, room = 0, (ctypes.c_double * 1000)()
+    loaded = library._loaded(host_code, ARGUMENTS, device)
+    monkeypatch.setattr(library, "_devices", {device: loaded})
+    library._single.cache_clear()
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(tensor[0]))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     stream = "_cuda_getCurrentRawStream"
     monkeypatch.setattr(torch._C, stream, lambda device: 7, raising=False)
-    return compiled
+    yield lambda: tuple(room[: host_code.taken(room)])
+    library._single.cache_clear()
 
 
-def test_a_launch_that_is_prepared(compiled):
-    """Is the same each time, in whatever order its arguments are named, and takes no tensor of another device."""
-    q, out, other = torch.zeros(2), torch.zeros(2), torch.ones(2)
-    call = ("scale_call", q.data_ptr(), out.data_ptr(), 3, 0.5, 7)
-    library.launch("scale", out=out, q=q, factor=0.5, rows=3)
-    assert compiled.calls == [("scale_init",), call]
-    compiled.calls.clear()
-    prepared = library.Launch("scale", ("out", "q"), factor=0.5, rows=3)
-    for count in (1, 2, 3):
-        prepared(out, q)
-        assert compiled.calls == [call] * count
+def test_a_launch(taken):
+    """Has the same arguments each time, in whatever order they are named; a kernel is initialized once."""
+    q, out = torch.zeros(2), torch.zeros(2)
+    call = (1, q.data_ptr(), out.data_ptr(), *VALUES, 7)
+    library.launch("scale", out=out, **SCALED, q=q)
+    assert taken() == (0, *call)
+    library.launch("scale", q=q, out=out, **SCALED)
+    assert taken() == call
+    library.launch("scale", q=q, out=out, **{**SCALED, "rows": 5})
+    assert taken()[3] == 5
+
+
+def test_a_chain(taken):
+    """Of two launches of one kernel and one of another, with a part of a tensor under another name."""
+    chain = library.Chain(
+        ("out", "q", "workspace"),
+        library.Step("scale", SCALED, {"out": "scaled"}),
+        library.Step("add", dict(rows=4), {"x": "scaled"}),
+        library.Step("add", dict(rows=5), {"x": "q", "out": "workspace"}),
+        inside={"scaled": ("workspace", 16)},
+    )
+    for _ in range(3):
+        out, q, workspace = torch.zeros(2), torch.zeros(2), torch.zeros(20)
+        chain(out, q, workspace)
+        gc.collect()
+        out, q, workspace = (x.data_ptr() for x in (out, q, workspace))
+        assert taken()[-9 - 5 - 5 :] == (
+            *(1, q, workspace + 16, *VALUES, 7),
+            *(2, workspace + 16, out, 4, 7),
+            *(2, q, workspace, 5, 7),
+        )
     with pytest.raises(TypeError, match="q is .*, not a tensor on cuda:0"):
-        prepared(out, other)
-    assert len(compiled.calls) == 3
+        chain(torch.zeros(2), torch.ones(2), torch.zeros(20))
+    assert taken() == ()
+
+
+def test_a_launch_that_fails_is_named(taken):
+    """And those behind it are not carried out."""
+    steps = [library.Step("add", dict(rows=rows)) for rows in (1, 0, 2)]
+    chain = library.Chain(("x", "out"), *steps)
+    with pytest.raises(RuntimeError, match="add on cuda:0: add has failed"):
+        chain(torch.zeros(2), torch.zeros(2))
+    assert len(taken()) == 2 * 5
+
+
+SCALE = library.Step("scale", SCALED)
 
 
 @pytest.mark.parametrize(
-    "tensors, numbers, message",
+    "tensors, steps, inside, message",
     [
-        (("q", "oot"), {"rows": 3, "factor": 0.5}, "out is missing; oot is unknown"),
-        (("q", "out"), {"rows": 3}, "factor is missing"),
-        (("q", "out"), {"rows": 1 << 31, "factor": 0.5}, "rows is 2147483648"),
-        (("q", "out"), {"rows": 3, "factor": 0.5, "n": 1}, "n is unknown"),
+        (("q", "oot"), [SCALE], {}, "scale: out is missing; oot is unknown"),
+        (("q", "out", "x"), [SCALE], {}, "x is unknown"),
+        (("q", "out"), [SCALE], {"x": ("q", 8)}, "x is unknown"),
+        (
+            ("q", "out"),
+            [library.Step("scale", dict(SCALED, rows=1 << 31))],
+            {},
+            "rows is 2147483648",
+        ),
+        (
+            ("q", "out"),
+            [library.Step("scale", dict(SCALED, n=1))],
+            {},
+            "n is unknown",
+        ),
+        (("x", "out"), [library.Step("add", {})], {}, "rows is missing"),
+        (
+            ("x", "out"),
+            [library.Step("add", dict(rows=1), {"y": "x"})],
+            {},
+            "y is unknown",
+        ),
     ],
 )
-def test_a_launch_that_does_not_fit(compiled, tensors, numbers, message):
-    prepared = library.Launch("scale", tensors, **numbers)
+def test_a_chain_that_does_not_fit(taken, tensors, steps, inside, message):
+    chain = library.Chain(tensors, *steps, inside=inside)
     for _ in range(2):
         with pytest.raises(TypeError, match=message):
-            prepared(torch.zeros(2), torch.zeros(2))
-    assert not compiled.calls
+            chain(*(torch.zeros(2) for _ in tensors))
+    assert taken() == ()
+
+
+def test_a_kernel_that_is_not_there_is_named(taken):
+    with pytest.raises(RuntimeError, match="no kernel divide .*scale, add"):
+        library.launch("divide", q=torch.zeros(2))
+
+
+@pytest.mark.parametrize("rows, context", [(1, 64), (700, 5000), (9000, 1 << 17)])
+def test_what_launches_leave_for_one_another_does_not_overlap(
+    monkeypatch, rows, context
+):
+    """In the workspace of a prefill, of one chunk of rows or of several."""
+    chains = []
+    monkeypatch.setattr(devices, "_num_sms", lambda index: H100)
+    monkeypatch.setattr(library.Chain, "__call__", lambda *chain: chains.append(chain))
+    values = tensors("cpu")
+    for name in ("q", "weights", "lengths", "heads", "shared_q", "shared_scale"):
+        values[name] = values[name][:1].expand(rows, *values[name].shape[1:])
+        values[name] = values[name].contiguous()
+    values["page_table"] = torch.zeros(SEQUENCES, -(-context // 64), dtype=torch.int32)
+    function = sgl_kernel_misa.topk_prefill.__wrapped__
+    call("topk_prefill", "cpu", function, **values, topk=2048)
+    ((chain, *given),) = chains
+    workspace = given[chain.tensors.index("workspace")]
+    _, scoring, *_ = (step.numbers for step in chain.steps)
+    planes = chain.steps[3].numbers
+    sizes = {
+        "samples": scoring["pages"] * 8448,
+        "sampled": scoring["slots"] * scoring["width"] * 4,
+        "thresholds": scoring["slots"] * 3 * 4,
+        "planes": planes["slots"] * 2 * planes["width"] * 4,
+    }
+    ranges = sorted((chain.inside[name][1], size) for name, size in sizes.items())
+    end = 0
+    for start, size in ranges:
+        assert start >= end and start % 128 == 0
+        end = start + size
+    assert end <= workspace.numel()
+    many = len(chain.steps) > 5
+    assert many == (rows == 9000)
 
 
 @pytest.mark.parametrize("ctas_per_sm", [1, 2])

@@ -8,26 +8,53 @@ import ctypes
 import functools
 import json
 import struct
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import torch
 
 LIB = Path(__file__).parent / "lib"
 
-# Shapes of which an operation keeps its launches. A step calls it with the same ones in every layer.
+# Shapes of which an operation keeps its chain. A step calls it with the same ones in every layer.
 SHAPES = 64
 
-# How an argument is passed, and how its range is checked: ctypes cuts integers down without a word, struct does not.
+# How an argument is laid out, in 8 bytes: struct checks its range.
 _TYPES = {
-    "pointer": (ctypes.c_void_p, ""),
-    "int32": (ctypes.c_int32, "i"),
-    "int64": (ctypes.c_int64, "q"),
-    "uint32": (ctypes.c_uint32, "I"),
-    "float32": (ctypes.c_float, "f"),
-    "float64": (ctypes.c_double, "d"),
+    "pointer": "Q",
+    "int32": "i4x",
+    "int64": "q",
+    "uint32": "I4x",
+    "float32": "f4x",
+    "float64": "d",
 }
+
+
+class _Place(ctypes.Structure):
+    """As in include/launches.h."""
+
+    _fields_ = [("tensor", ctypes.c_int64), ("offset", ctypes.c_int64)]
+
+
+class _Launch(ctypes.Structure):
+    """As in include/launches.h."""
+
+    _fields_ = [
+        ("run", ctypes.c_void_p),
+        ("values", ctypes.c_char_p),
+        ("places", ctypes.POINTER(_Place)),
+        ("pointers", ctypes.c_int32),
+        ("arguments", ctypes.c_int32),
+    ]
 
 
 class _Kernel:
@@ -46,95 +73,48 @@ class _Kernel:
         self.name = name
         self.device = device
         # The tensors come before the numbers: the builder sees to that.
-        self._tensors = [argument for argument, kind in arguments if kind == "pointer"]
-        self._numbers = {
-            argument: _TYPES[kind][1]
-            for argument, kind in arguments
-            if kind != "pointer"
+        self.tensors = [argument for argument, kind in arguments if kind == "pointer"]
+        self.numbers = {
+            argument: _TYPES[kind] for argument, kind in arguments if kind != "pointer"
         }
-        # With one name an itemgetter returns no tuple. Every kernel has several tensors and several numbers.
-        self._get_tensors = itemgetter(*self._tensors)
-        self._get_numbers = itemgetter(*self._numbers)
-        self._check = struct.Struct("".join(self._numbers.values())).pack
-        self._call = getattr(library, f"{name}_call")
-        self._call.argtypes = [_TYPES[kind][0] for _, kind in arguments] + [
-            ctypes.c_void_p
-        ]
+        self.run = getattr(library, f"{name}_run")
         self._init = getattr(library, f"{name}_init")
         self._last_error = getattr(library, f"{name}_get_last_error")
         self._last_error.restype = ctypes.c_char_p
         self._ready = False
 
-    def launch(self, arguments: Dict[str, Any]) -> None:
-        try:
-            tensors = self._get_tensors(arguments)
-            numbers = self._get_numbers(arguments)
-            self._check(*numbers)
-            launched = len(tensors) + len(numbers) == len(arguments)
-            launched = launched and self.run(tensors, numbers)
-        except (KeyError, TypeError, struct.error) as error:
-            raise self._mismatch(arguments) from error
-        if not launched:
-            raise self._mismatch(arguments)
-
-    def places(self, names: Tuple[str, ...]) -> Callable[[Tuple], Tuple]:
-        """What puts tensors that are given in the order of `names` into the kernel's own."""
-        return itemgetter(*map(names.index, self._tensors))
-
-    def values(self, numbers: Dict[str, Any]) -> Tuple:
-        """The numbers in the kernel's own order."""
-        return self._get_numbers(numbers)
-
-    def run(self, tensors: Tuple[torch.Tensor, ...], numbers: Tuple) -> bool:
-        """Launch with arguments in the kernel's own order; False if a tensor is on another device."""
-        device = self.device
-        if set(map(torch.Tensor.get_device, tensors)) != {device}:
-            return False
-        if torch.cuda.current_device() == device:
-            self._run(tensors, numbers)
-        else:
-            with torch.cuda.device(device):
-                self._run(tensors, numbers)
-        return True
-
-    def _run(self, tensors: Tuple[torch.Tensor, ...], numbers: Tuple) -> None:
+    def prepare(self) -> None:
+        """Set the kernel's attributes, once; its device is the current one."""
         if not self._ready:
             if self._init():
-                raise self._failure()
+                raise self.failure()
             self._ready = True
-        pointers = map(torch.Tensor.data_ptr, tensors)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        if self._call(*pointers, *numbers, stream):
-            raise self._failure()
 
-    def _failure(self) -> RuntimeError:
+    def values(self, numbers: Mapping[str, float]) -> bytes:
+        """The arguments as `<name>_run` takes them, with room for the pointers.
+
+        Raises:
+            struct.error: a number is of the wrong type or out of its type's range.
+        """
+        layout = "<" + "".join(self.numbers.values())
+        pointers = bytes(8 * len(self.tensors))
+        return pointers + struct.pack(layout, *(numbers[name] for name in self.numbers))
+
+    def failure(self) -> RuntimeError:
         return RuntimeError(
             f"{self.name} on cuda:{self.device}: {self._last_error().decode()}"
         )
 
-    def _mismatch(self, arguments: Dict[str, Any]) -> TypeError:
-        """What is wrong with a launch's arguments, one by one."""
-        names = [*self._tensors, *self._numbers]
-        wrong = [f"{name} is missing" for name in names if name not in arguments]
-        wrong += [f"{name} is unknown" for name in arguments if name not in names]
-        tensors = [name for name in self._tensors if name in arguments]
-        numbers = [name for name in self._numbers if name in arguments]
-        for name in tensors:
-            value = arguments[name]
-            if not isinstance(value, torch.Tensor) or value.get_device() != self.device:
-                wrong.append(
-                    f"{name} is {_what(value)}, not a tensor on cuda:{self.device}"
-                )
-        for name in numbers:
-            try:
-                struct.pack(self._numbers[name], arguments[name])
-            except (struct.error, TypeError) as error:
-                wrong.append(f"{name} is {_what(arguments[name])}: {error}")
-        return TypeError(f"{self.name}: {'; '.join(wrong)}")
+
+class _Loaded(NamedTuple):
+    """What a device launches with: its kernels by name, and `launch_chain` of include/launches.h."""
+
+    kernels: Dict[str, _Kernel]
+    launch_chain: Callable[..., int]
 
 
-# The kernels of the devices that have been used: by the device's index, then by name.
-_kernels: Dict[int, Dict[str, _Kernel]] = {}
+# The devices that have been used, by their indices.
+_devices: Dict[int, _Loaded] = {}
 
 
 def launch(name: str, /, **arguments: Union[torch.Tensor, int, float]) -> None:
@@ -152,42 +132,54 @@ def launch(name: str, /, **arguments: Union[torch.Tensor, int, float]) -> None:
         RuntimeError: the kernel is not in the library, the device is not supported (see `check_device`) or the launch
             failed.
     """
-    for value in arguments.values():
-        if isinstance(value, torch.Tensor):
-            device = value.get_device()
-            break
-    else:
+    tensors = {n: x for n, x in arguments.items() if isinstance(x, torch.Tensor)}
+    if not tensors:
         raise TypeError(f"{name}: there is no tensor among the arguments")
-    kernels = _kernels.get(device)
-    if kernels is None:
-        if device < 0:
-            raise TypeError(
-                f"{name}: the kernels take CUDA tensors, not {_what(value)}"
-            )
-        kernels = _load(device)
-    kernel = kernels.get(name)
-    if kernel is None:
-        raise RuntimeError(
-            f"there is no kernel {name} in the library; it has {', '.join(kernels)}"
-        )
-    kernel.launch(arguments)
+    numbers = tuple(item for item in arguments.items() if item[0] not in tensors)
+    _single(name, tuple(tensors), numbers)(*tensors.values())
 
 
-class Launch:
-    """A launch of a kernel with numbers that are given beforehand, for an operation that is called again with the same ones.
+@functools.lru_cache(maxsize=1024)
+def _single(
+    name: str, tensors: Tuple[str, ...], numbers: Tuple[Tuple[str, float], ...]
+) -> "Chain":
+    return Chain(tensors, Step(name, dict(numbers)))
 
-    The first call on a device checks everything, as `launch` does. Later ones check what device the tensors are on.
+
+class Step(NamedTuple):
+    """One launch of a chain.
+
+    Attributes:
+        kernel: its name in the library.
+        numbers: the arguments that are no tensors.
+        renamed: the tensors that the chain has under another name than the kernel, and that name.
     """
 
-    def __init__(self, name: str, tensors: Tuple[str, ...], /, **numbers: float):
+    kernel: str
+    numbers: Mapping[str, float]
+    renamed: Mapping[str, str] = {}
+
+
+class Chain:
+    """Launches, one after the other, for an operation that is called again with the same numbers: one call of the library.
+
+    The first call on a device checks everything. Later ones check what device the tensors are on.
+    """
+
+    def __init__(
+        self,
+        tensors: Tuple[str, ...],
+        *steps: Step,
+        inside: Mapping[str, Tuple[str, int]] = {},
+    ):
         """
         Args:
-            name: a kernel of the library.
-            tensors: the names of its tensors, in the order in which a call gives them.
-            numbers: the kernel's other arguments.
+            tensors: their names, in the order in which a call gives them.
+            inside: other names for the steps' tensors: a tensor, and the bytes from its start.
         """
-        self.name, self.tensors, self.numbers = name, tensors, numbers
-        self._bound: Dict[int, Tuple[_Kernel, Callable, Tuple]] = {}
+        self.tensors, self.steps, self.inside = tensors, steps, inside
+        self._pointers = ctypes.c_uint64 * len(tensors)
+        self._bound: Dict[int, Callable[[Any, int], int]] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         """Launch on the current stream of the tensors' device.
@@ -196,15 +188,82 @@ class Launch:
             TypeError, RuntimeError: as `launch`.
         """
         device = tensors[0].get_device()
-        if bound := self._bound.get(device):
-            kernel, places, values = bound
-            if kernel.run(places(tensors), values):
-                return
-        given = dict(zip(self.tensors, tensors, strict=True))
-        launch(self.name, **given, **self.numbers)
-        kernel = _kernels[device][self.name]
-        values = kernel.values(self.numbers)
-        self._bound[device] = kernel, kernel.places(self.tensors), values
+        run = self._bound.get(device)
+        if run is None or set(map(torch.Tensor.get_device, tensors)) != {device}:
+            run = self._bound[device] = self._bind(tensors)
+        pointers = self._pointers(*map(torch.Tensor.data_ptr, tensors))
+        if torch.cuda.current_device() == device:
+            failed = run(pointers, torch._C._cuda_getCurrentRawStream(device))
+        else:
+            with torch.cuda.device(device):
+                failed = run(pointers, torch._C._cuda_getCurrentRawStream(device))
+        if failed:
+            kernel = self.steps[failed - 1].kernel
+            raise _devices[device].kernels[kernel].failure()
+
+    def _bind(self, tensors: Tuple[torch.Tensor, ...]) -> Callable[[Any, int], int]:
+        """Check everything; returns what launches the chain, given the tensors' addresses and a stream."""
+        device = tensors[0].get_device()
+        loaded = _devices.get(device)
+        if loaded is None:
+            if device < 0:
+                names = ", ".join(step.kernel for step in self.steps)
+                raise TypeError(
+                    f"{names}: the kernels take CUDA tensors, not {_what(tensors[0])}"
+                )
+            loaded = _load(device)
+        self._check(loaded, dict(zip(self.tensors, tensors, strict=True)), device)
+        places = {name: _Place(i, 0) for i, name in enumerate(self.tensors)}
+        for name, (tensor, offset) in self.inside.items():
+            places[name] = _Place(self.tensors.index(tensor), offset)
+        launches = (_Launch * len(self.steps))()
+        with torch.cuda.device(device):
+            for step, filled in zip(self.steps, launches):
+                kernel = loaded.kernels[step.kernel]
+                kernel.prepare()
+                of_step = [step.renamed.get(name, name) for name in kernel.tensors]
+                filled.run = ctypes.cast(kernel.run, ctypes.c_void_p)
+                filled.values = kernel.values(step.numbers)
+                filled.places = (_Place * len(of_step))(*(places[x] for x in of_step))
+                filled.pointers = len(of_step)
+                filled.arguments = len(of_step) + len(kernel.numbers)
+        return functools.partial(loaded.launch_chain, launches, len(launches))
+
+    def _check(
+        self, loaded: _Loaded, given: Dict[str, torch.Tensor], device: int
+    ) -> None:
+        """Raise unless the steps have all that their kernels ask for, and use all that is there."""
+        wrong = []
+        used = {tensor for tensor, _ in self.inside.values()}
+        for step in self.steps:
+            kernel = loaded.kernels.get(step.kernel)
+            if kernel is None:
+                known = ", ".join(loaded.kernels)
+                raise RuntimeError(
+                    f"there is no kernel {step.kernel} in the library; it has {known}"
+                )
+            names = {step.renamed.get(name, name) for name in kernel.tensors}
+            used |= names
+            missing = names - given.keys() - self.inside.keys()
+            missing |= kernel.numbers.keys() - step.numbers.keys()
+            unknown = step.numbers.keys() - kernel.numbers.keys()
+            unknown |= step.renamed.keys() - set(kernel.tensors)
+            wrong += [f"{name} is missing" for name in sorted(missing)]
+            wrong += [f"{name} is unknown" for name in sorted(unknown)]
+            for name, layout in kernel.numbers.items():
+                try:
+                    struct.pack(layout, step.numbers.get(name, 0))
+                except struct.error as error:
+                    wrong.append(f"{name} is {_what(step.numbers[name])}: {error}")
+        for name, value in given.items():
+            if name not in used:
+                wrong.append(f"{name} is unknown")
+            if not isinstance(value, torch.Tensor) or value.get_device() != device:
+                wrong.append(f"{name} is {_what(value)}, not a tensor on cuda:{device}")
+        wrong += [f"{name} is unknown" for name in self.inside.keys() - used]
+        if wrong:
+            kernels = ", ".join(step.kernel for step in self.steps)
+            raise TypeError(f"{kernels}: {'; '.join(wrong)}")
 
 
 def check_device(device: Optional[Union[torch.device, str, int]] = None) -> None:
@@ -222,22 +281,19 @@ def check_device(device: Optional[Union[torch.device, str, int]] = None) -> None
     if asked.type != "cuda":
         raise RuntimeError(f"sgl-kernel-misa runs on CUDA devices, not on {asked}.")
     index = torch.cuda.current_device() if asked.index is None else asked.index
-    if index not in _kernels:
+    if index not in _devices:
         _load(index)
 
 
-def _load(device: int) -> Dict[str, _Kernel]:
+def _load(device: int) -> _Loaded:
     """The kernels for a device, from the library of its architecture."""
     capability = torch.cuda.get_device_capability(device)
     manifest = _manifest()
     for entry in manifest.values():
         if tuple(entry["capability"]) == capability:
             library = _library(entry["library"])
-            _kernels[device] = {
-                name: _Kernel(library, name, arguments, device)
-                for name, arguments in entry["kernels"].items()
-            }
-            return _kernels[device]
+            _devices[device] = _loaded(library, entry["kernels"], device)
+            return _devices[device]
     supported = ", ".join(
         "{}.{}".format(*entry["capability"]) for entry in manifest.values()
     )
@@ -245,6 +301,23 @@ def _load(device: int) -> Dict[str, _Kernel]:
         f"sgl-kernel-misa does not support cuda:{device}, {torch.cuda.get_device_name(device)}: its compute capability "
         f"is {capability[0]}.{capability[1]}, and there are kernels for {supported}."
     )
+
+
+def _loaded(
+    library: ctypes.CDLL, kernels: Dict[str, List[Tuple[str, str]]], device: int
+) -> _Loaded:
+    launch_chain = library.launch_chain
+    launch_chain.argtypes = [
+        ctypes.POINTER(_Launch),
+        ctypes.c_int32,
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.c_void_p,
+    ]
+    of_device = {
+        name: _Kernel(library, name, arguments, device)
+        for name, arguments in kernels.items()
+    }
+    return _Loaded(of_device, launch_chain)
 
 
 @functools.lru_cache(maxsize=None)

@@ -6,22 +6,23 @@ whatever the thresholds were.
 """
 
 import functools
-from typing import List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from sgl_kernel_misa import checks
 from sgl_kernel_misa.constants import (
     FORMS,
     PAGE_BYTES,
+    PAGE_KEY_BYTES,
     PAGE_SIZE,
     SELECT_CAPACITIES,
     SPAN,
     rows_per_tile,
 )
 from sgl_kernel_misa.device import num_sms
-from sgl_kernel_misa.library import SHAPES, Launch
+from sgl_kernel_misa.library import SHAPES, Chain, Step
 from sgl_kernel_misa.registration import launching, operation
-from sgl_kernel_misa.tensors import keys_and_scales, no_offsets, slots
+from sgl_kernel_misa.tensors import KEYS_AND_SCALES, no_offsets, slots
 
 # Rows are taken in chunks, so that the workspace does not grow with the batch. A constant: nothing may depend on how much
 # memory happens to be free.
@@ -103,47 +104,28 @@ def topk_prefill(
         local_tokens=local_tokens,
         form=FORMS[output],
     )
-    samples = index_k.new_empty(batch, chain.sample_pages, PAGE_BYTES)
-    chain.sample(index_k, page_table, cu_rows, lengths, samples)
-
-    queries = q, weights, active, slots_of["shared_q"], slots_of["shared_scale"]
-    rows_of = page_table, cu_rows, lengths
-    sample_keys = keys_and_scales(samples.view(-1, PAGE_BYTES))
-    keys = keys_and_scales(index_k)
-    offsets = no_offsets(lengths) if offsets is None else offsets
-    sampled = weights.new_empty(chain.slots, chain.sample_pages * PAGE_SIZE)
-    thresholds = weights.new_empty(chain.slots, 3)
-    planes = lengths.new_empty(chain.slots, 2, chain.words)
-    for part in chain.parts:
-        part.score_samples(*queries, *sample_keys, *rows_of, thresholds, sampled)
-        part.threshold(sampled, cu_rows, lengths, thresholds)
-        part.score_planes(*queries, *keys, *rows_of, thresholds, planes)
-        part.select(*queries, *keys, *rows_of, thresholds, planes, offsets, out)
+    chain.launch(
+        *(q, weights, active, slots_of["shared_q"], slots_of["shared_scale"]),
+        *(index_k, page_table, cu_rows, lengths),
+        no_offsets(lengths) if offsets is None else offsets,
+        index_k.new_empty(chain.workspace_bytes),
+        out,
+    )
     return out
 
 
-QUERIES = "q", "weights", "active", "shared_q", "shared_scale"
-ROWS_OF = "page_table", "cu_rows", "lengths"
-SCORED = (*QUERIES, "keys", "scales", *ROWS_OF, "thresholds")
-
-
-class _Part(NamedTuple):
-    """The launches for a chunk of the tiles, in their order."""
-
-    score_samples: Launch
-    threshold: Launch
-    score_planes: Launch
-    select: Launch
+TENSORS = (
+    *("q", "weights", "active", "shared_q", "shared_scale"),
+    *("index_k", "page_table", "cu_rows", "lengths", "offsets", "workspace", "out"),
+)
+ALIGNMENT = 256  # bytes, of what lies in the workspace: as torch's own allocations for whoever copies from it
 
 
 class _Chain(NamedTuple):
-    """The launches for a batch's shapes, and the sizes of their workspace: rows, pages of samples, words of a bit plane."""
+    """The launches for a batch's shapes, and what they leave for one another."""
 
-    slots: int
-    sample_pages: int
-    words: int
-    sample: Launch
-    parts: List[_Part]
+    launch: Chain
+    workspace_bytes: int
 
 
 @functools.lru_cache(maxsize=SHAPES)
@@ -196,7 +178,8 @@ def _chain(
     )
     forced = dict(init_tokens=init_tokens, local_tokens=local_tokens)
 
-    def part(first: int) -> _Part:
+    def part(first: int) -> List[Step]:
+        """The launches for a chunk of the tiles, in their order."""
         count = min(chunk, tiles - first)
         scoring_of = dict(
             **scored,
@@ -205,69 +188,87 @@ def _chain(
             tiles=count,
             sample_shift=shift,
         )
-        return _Part(
-            score_samples=Launch(
-                f"score_samples_{scoring}",
-                (*SCORED, "out"),
-                **scoring_of,
-                pages=batch * sample_pages,
-                max_pages=sample_pages,
-                width=width,
-                splits=-(-sample_pages // split_sample_pages),
-                split_pages=split_sample_pages,
-                init_tokens=0,
-                local_tokens=0,
-            ),
-            threshold=Launch(
-                "threshold",
-                ("samples", "cu_rows", "lengths", "out"),
-                batch=batch,
-                first_tile=first,
-                tile_rows=tile_rows,
-                topk=topk,
-                sample_shift=shift,
-                room=capacity >> shift,
-                # Too many above the high threshold all become candidates: little is lost while they fit.
-                deviations=2 if topk + topk // 4 <= capacity else 3,
-                rows=rows,
-                bounds=batch + 1,
-                slots=count * tile_rows,
-                width=width,
-            ),
-            score_planes=Launch(
-                f"score_planes_{scoring}",
-                (*SCORED, "out"),
-                **scoring_of,
-                **forced,
-                pages=pages,
-                max_pages=max_pages,
-                width=words,
-                splits=-(-spans * span_pages // split_pages),
-                split_pages=split_pages,
-            ),
-            select=Launch(
-                f"select_{scoring}_{capacity}",
-                (*SCORED, "planes", "offsets", "out"),
-                **scored,
-                **forced,
-                pages=pages,
-                max_pages=max_pages,
-                first_tile=first,
-                tile_rows=tile_rows,
-                form=form,
-                slots=count * tile_rows,
-                width=words,
-            ),
+        score_samples = dict(
+            **scoring_of,
+            pages=batch * sample_pages,
+            max_pages=sample_pages,
+            width=width,
+            splits=-(-sample_pages // split_sample_pages),
+            split_pages=split_sample_pages,
+            init_tokens=0,
+            local_tokens=0,
         )
+        threshold = dict(
+            batch=batch,
+            first_tile=first,
+            tile_rows=tile_rows,
+            topk=topk,
+            sample_shift=shift,
+            room=capacity >> shift,
+            # Too many above the high threshold all become candidates: little is lost while they fit.
+            deviations=2 if topk + topk // 4 <= capacity else 3,
+            rows=rows,
+            bounds=batch + 1,
+            slots=count * tile_rows,
+            width=width,
+        )
+        score_planes = dict(
+            **scoring_of,
+            **forced,
+            pages=pages,
+            max_pages=max_pages,
+            width=words,
+            splits=-(-spans * span_pages // split_pages),
+            split_pages=split_pages,
+        )
+        select = dict(
+            **scored,
+            **forced,
+            pages=pages,
+            max_pages=max_pages,
+            first_tile=first,
+            tile_rows=tile_rows,
+            form=form,
+            slots=count * tile_rows,
+            width=words,
+        )
+        return [
+            Step(
+                f"score_samples_{scoring}",
+                score_samples,
+                {"keys": "samples", "scales": "sample_scales", "out": "sampled"},
+            ),
+            Step("threshold", threshold, {"samples": "sampled", "out": "thresholds"}),
+            Step(f"score_planes_{scoring}", score_planes, {"out": "planes"}),
+            Step(f"select_{scoring}_{capacity}", select),
+        ]
 
-    sample = Launch(
-        "sample",
-        ("index_k", *ROWS_OF, "out"),
+    sample = dict(
         **table,
         pages=pages,
         max_pages=max_pages,
         sample_pages=sample_pages,
         sample_shift=shift,
     )
-    parts = [part(first) for first in range(0, tiles, chunk)]
-    return _Chain(row_slots, sample_pages, words, sample, parts)
+    steps = [Step("sample", sample, {"out": "samples"})]
+    for first in range(0, tiles, chunk):
+        steps += part(first)
+    workspace, size = _laid_out(
+        samples=batch * sample_pages * PAGE_BYTES,
+        sampled=row_slots * width * 4,
+        thresholds=row_slots * 3 * 4,
+        planes=row_slots * 2 * words * 4,
+    )
+    _, samples = workspace["samples"]
+    workspace["sample_scales"] = ("workspace", samples + PAGE_KEY_BYTES)
+    launch = Chain(TENSORS, *steps, inside={**KEYS_AND_SCALES, **workspace})
+    return _Chain(launch, size)
+
+
+def _laid_out(**sizes: int) -> Tuple[Dict[str, Tuple[str, int]], int]:
+    """Where everything lies in the workspace, given the bytes of each, and the bytes of all."""
+    places, end = {}, 0
+    for name, size in sizes.items():
+        places[name] = ("workspace", end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return places, end

@@ -6,13 +6,13 @@ from typing import Optional
 import torch
 from sgl_kernel_misa import checks
 from sgl_kernel_misa.constants import FORMS, MAX_TOPK, RERANK_CAPACITIES, RERANK_RANKS
-from sgl_kernel_misa.library import SHAPES, Launch
+from sgl_kernel_misa.library import SHAPES, Chain, Step
 from sgl_kernel_misa.registration import launching, operation
-from sgl_kernel_misa.tensors import keys_and_scales, no_offsets
+from sgl_kernel_misa.tensors import KEYS_AND_SCALES, no_offsets
 
 TENSORS = (
-    *("q", "weights", "candidates", "keys", "scales", "page_table", "cu_rows"),
-    *("lengths", "offsets", "out"),
+    *("q", "weights", "candidates", "index_k", "page_table", "cu_rows", "lengths"),
+    *("offsets", "out"),
 )
 FEW_ROWS = 256  # of a decode batch: then a cluster of CTAs shares a row, for it takes one CTA long
 
@@ -58,7 +58,7 @@ def rerank(
     out = checks.selection(lengths, topk, output, offsets)
     if launching(q):
         batch, max_pages = page_table.shape
-        _launch(
+        _chain(
             num_heads,
             init_tokens=init_tokens,
             local_tokens=local_tokens,
@@ -74,7 +74,7 @@ def rerank(
             q,
             weights,
             candidates,
-            *keys_and_scales(index_k),
+            index_k,
             page_table,
             cu_rows,
             lengths,
@@ -85,7 +85,8 @@ def rerank(
 
 
 @functools.lru_cache(maxsize=SHAPES)
-def _launch(num_heads: int, **numbers: int) -> Launch:
+def _chain(num_heads: int, **numbers: int) -> Chain:
     capacity = next(x for x in RERANK_CAPACITIES if x >= numbers["num_candidates"])
     ranks = max(RERANK_RANKS) if numbers["rows"] <= FEW_ROWS else min(RERANK_RANKS)
-    return Launch(f"rerank_{num_heads}_{capacity}_{ranks}", TENSORS, **numbers)
+    step = Step(f"rerank_{num_heads}_{capacity}_{ranks}", numbers)
+    return Chain(TENSORS, step, inside=KEYS_AND_SCALES)

@@ -7,12 +7,12 @@ import torch
 from sgl_kernel_misa import checks
 from sgl_kernel_misa.constants import HEAD_DIM, ROUTER_CTAS_PER_SM
 from sgl_kernel_misa.device import num_sms
-from sgl_kernel_misa.library import SHAPES, Launch
+from sgl_kernel_misa.library import SHAPES, Chain, Step
 from sgl_kernel_misa.registration import launching, operation
-from sgl_kernel_misa.tensors import keys_and_scales
+from sgl_kernel_misa.tensors import KEYS_AND_SCALES
 
 TENSORS = (
-    *("q", "weights", "keys", "scales", "page_table", "cu_rows", "lengths"),
+    *("q", "weights", "index_k", "page_table", "cu_rows", "lengths"),
     *("heads", "shared_q", "shared_scale", "dealt"),
 )
 
@@ -92,7 +92,7 @@ def launch_route_sampled(
         rows_per_seq, cu_rows = rows_of, lengths  # lengths: not read
     else:
         rows_per_seq, cu_rows = 0, rows_of
-    _launch(
+    _chain(
         q.shape[1],
         num_sms(q.device),
         rows_per_seq=rows_per_seq,
@@ -106,7 +106,7 @@ def launch_route_sampled(
     )(
         q,
         weights,
-        *keys_and_scales(index_k),
+        index_k,
         page_table,
         cu_rows,
         lengths,
@@ -118,22 +118,17 @@ def launch_route_sampled(
 
 
 @functools.lru_cache(maxsize=SHAPES)
-def _launch(
+def _chain(
     num_heads: int, sms: int, *, rows_per_seq: int, rows: int, batch: int, **numbers
-) -> Launch:
+) -> Chain:
     # Rows that share what is copied of the keys: so few that all SMs have some. A row's bits do not depend on it.
     tile_rows = -(-rows // (ROUTER_CTAS_PER_SM * sms))
     if rows_per_seq:
         tiles = batch * -(-rows_per_seq // tile_rows)
     else:
         tiles = rows // tile_rows + batch + 1
-    return Launch(
-        f"route_sampled_{num_heads}",
-        TENSORS,
-        rows_per_seq=rows_per_seq,
-        tile_rows=tile_rows,
-        tiles=tiles,
-        rows=rows,
-        batch=batch,
-        **numbers,
+    own = dict(rows_per_seq=rows_per_seq, tile_rows=tile_rows, tiles=tiles)
+    step = Step(
+        f"route_sampled_{num_heads}", dict(own, rows=rows, batch=batch, **numbers)
     )
+    return Chain(TENSORS, step, inside=KEYS_AND_SCALES)

@@ -11,6 +11,10 @@ def keys_and_scales(index_k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return index_k, index_k.flatten()[PAGE_KEY_BYTES:]
 
 
+# The same, for a chain that has the cache as "index_k".
+KEYS_AND_SCALES = {"keys": ("index_k", 0), "scales": ("index_k", PAGE_KEY_BYTES)}
+
+
 def no_offsets(lengths: torch.Tensor) -> torch.Tensor:
     """Stands for offsets that are not read."""
     return lengths
