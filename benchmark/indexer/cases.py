@@ -43,6 +43,7 @@ class Case:
 
 
 def prefill(context_k: int, heads: int = 64, rows: int = 2048) -> Case:
+    """The rows at the end of one sequence: a chunk, or what a prefix in the cache leaves."""
     label = f"prefill-{rows}x{context_k}k"
     return Case(label, "prefill", (context_k * K,), rows, heads)
 
@@ -66,6 +67,8 @@ CASES = (
     prefill(128, heads=32),
     Case("prefill-4x512-mixed", "prefill", (5000, 20000, 50000, 128 * K), 512),
     prefill(128, rows=8192),
+    prefill(32, rows=64),
+    prefill(128, rows=64),
     decode(1, 32),
     decode(1, 128),
     decode(8, 128),

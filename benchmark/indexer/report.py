@@ -67,7 +67,7 @@ def size(count: float) -> str:
 
 
 HEADER = (
-    f"  {'variant':18} {'total':>10}  {'[p10 - p90]':<23} {'speed-up':>8} {'TFLOPS':>6} {'GB/s':>6} {'of copy':>7} "
+    f"  {'variant':18} {'total':>10}  {'[p10 - p90]':<23} {'speed-up':>8} {'host':>9} {'TFLOPS':>6} {'GB/s':>6} {'of copy':>7} "
     f"{'workspace':>10}  {'exact':5}  stages"
 )
 
@@ -79,11 +79,12 @@ def line(record: dict) -> str:
     ms, spread = record["ms"], record["spread_ms"]["total"]
     between = f"[{time(spread[0])} - {time(spread[1])}]"
     speedup = f"{record['speedup']:.2f}x" if record["speedup"] else "-"
+    host = "-" if record["host_ms"] is None else time(record["host_ms"])
     stages = ", ".join(f"{k} {time(v)}" for k, v in ms.items() if k != "total")
     extras = "".join(f", ({k} {time(v)})" for k, v in record["uncounted_ms"].items())
     exact = "yes" if record["exact"] else "NO"
     return (
-        f"  {record['variant']:18} {time(ms['total']):>10}  {between:<23} {speedup:>8} "
+        f"  {record['variant']:18} {time(ms['total']):>10}  {between:<23} {speedup:>8} {host:>9} "
         f"{record['tflops']:6.0f} {record['gbps']:6.0f} {record['copy_share']:7.0%} "
         f"{size(record['workspace_bytes']):>10}  {exact:5}  {stages}{extras}"
     )

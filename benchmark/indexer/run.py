@@ -51,6 +51,7 @@ class CaseRun:
         self.variants, self.errors = {}, {}
         self.checks, self.workspace, self.extras = {}, {}, {}
         self.runs, self.times = {}, {}
+        self.host: dict = {}
 
     def attempt(self, name: str, action) -> None:
         """Run one part of a variant; if it raises, note it and leave the variant out of what follows."""
@@ -94,6 +95,9 @@ class CaseRun:
 
     def measure(self) -> None:
         self.times = timing.measure(self.runs, self.args.iterations)
+        if self.case.mode == "prefill":
+            calls = {name: self.runs[name, "total"] for name in self.variants}
+            self.host = timing.host_times(calls, self.args.iterations)
         for name in list(self.variants):
             run = self.runs[name, "total"]
             if name != "dsa" and isinstance(run, timing.Graph):
@@ -110,6 +114,10 @@ class CaseRun:
         for name in list(self.variants):
             self.attempt(name, self.warm_up)
         self.measure()
+
+    def host_ms(self, name: str) -> float | None:
+        """The host's time for a call; a graph takes none."""
+        return self.host[name].median if name in self.host else None
 
     def times_of(self, name: str, extras: bool = False) -> dict:
         """{stage: Spread} of a variant: what is counted, or what is not."""
@@ -172,6 +180,8 @@ def record(run: CaseRun, description: dict, args) -> dict:
         "ms": medians(mine),
         "spread_ms": limits(mine),
         "uncounted_ms": medians(run.times_of(name, extras=True)),
+        "host_ms": run.host_ms(name),
+        "baseline_host_ms": run.host_ms("dsa"),
         "speedup": speedup,
         **work.rates(operations, moved, total, description["copy_gbps"]),
         "workspace_bytes": run.workspace[name],

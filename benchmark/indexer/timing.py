@@ -1,9 +1,12 @@
 """Times, memory and profiles. All times in milliseconds."""
 
+import time
 from dataclasses import dataclass
 
 import torch
 
+# So few that their launches fit into a stream's queue, which takes about a thousand.
+HOST_CALLS = 10
 # Keeps the device busy for about a millisecond, so that the host is ahead when a round of eager calls begins.
 HEAD_START_CYCLES = 2_000_000
 
@@ -79,6 +82,21 @@ def measure(runs: dict, iterations: int) -> dict:
         key: spread([a.elapsed_time(b) / runs[key].layers for a, b in pairs])
         for key, pairs in events.items()
     }
+
+
+def host_times(runs: dict, iterations: int) -> dict:
+    """What the host takes for a call of every run, while the device does not keep it waiting -> {key: Spread}."""
+    times: dict = {key: [] for key in runs}
+    for _ in range(iterations):
+        for key, run in runs.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for i in range(HOST_CALLS):
+                run(i)
+            end = time.perf_counter()
+            times[key].append((end - start) * 1e3 / HOST_CALLS)
+    torch.cuda.synchronize()
+    return {key: spread(values) for key, values in times.items()}
 
 
 def workspace_bytes(call) -> int:

@@ -26,7 +26,7 @@ struct Place {
 
 struct Launch {
   int (*run)(Values values, void* stream);
-  Values values;  // without the pointers
+  Values values;        // without the pointers
   const Place* places;  // of the pointers
   int32_t pointers;
   int32_t arguments;  // the pointers among them

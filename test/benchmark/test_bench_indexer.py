@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import bench_indexer
 import pytest
 import torch
-from indexer import report, run, work
+from indexer import report, run, timing, work
 from indexer.cases import CASES, Case
 from indexer.check import (
     Sample,
@@ -324,6 +324,7 @@ def make_record(keys="gaussian", variant="misa", ms=1.0, base=2.0, checks=None):
         times_of=lambda name, extras=False: (
             {} if extras else {"total": Spread(spreads[name], 0.9, 1.1)}
         ),
+        host_ms=lambda name: None if name == "dsa" else 0.125,
     )
     description = run.describe(case, keys, variant, args, DEVICE)
     return run.record(done, description, args)
@@ -340,8 +341,25 @@ def test_a_record():
     assert record["copy_share"] == record["gbps"] / 2000
     line = report.line(record)
     assert f"{record['tflops']:.0f}" in line and f"{record['copy_share']:.0%}" in line
+    assert record["host_ms"] == 0.125 and "125.0 us" in line
+    assert record["baseline_host_ms"] is None
     names = {name.strip() for name in report.HEADER.split("  ") if name.strip()}
     assert "variant" in names and "TFLOPS" in report.HEADER
+
+
+def test_the_time_of_the_host(monkeypatch):
+    """Of one call; what the device still has to do is waited for before, not within."""
+    now, clock = [0.0], SimpleNamespace(perf_counter=lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: spend(5.0))
+    runs = {"a": lambda i: spend(0.001), "b": lambda i: spend(0.002 * (i < 5))}
+    times = timing.host_times(runs, 3)
+    assert times["a"].median == pytest.approx(1.0)
+    assert times["b"].median == pytest.approx(1.0)
 
 
 def test_outcomes():
