@@ -122,12 +122,24 @@ class Misa:
         )
 
     def route_score_select(self, i: int) -> torch.Tensor:
-        """Both; in decode one operation does, and overlaps them."""
-        if self.prefill or self.router is None:
-            return self.score_select(i, self.route(i))
+        """Both, in one operation where there is one for them."""
         step, layer = self.step, self.layers[i]
         topk, output = self.first_stage()
         query = (layer.q, layer.weights)
+        if self.prefill and self.router == "sampled":
+            rows = (step.page_table, step.cu_rows, step.lengths)
+            *_, selected = self.ops.route_sampled_topk_prefill(
+                *query,
+                layer.index_k,
+                *rows,
+                self.active_heads,
+                topk,
+                max_context=step.case.context,
+                **output,
+            )
+            return selected
+        if self.prefill or self.router is None:
+            return self.score_select(i, self.route(i))
         rows = (step.page_table, step.case.rows_per_seq, step.lengths)
         if self.router == "sampled":
             *_, selected = self.ops.route_sampled_topk_decode(

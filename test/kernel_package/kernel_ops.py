@@ -47,6 +47,21 @@ def route_sampled_topk_decode(batch: Batch, active_heads: int, topk: int, **opti
     )
 
 
+def route_sampled_topk_prefill(batch: Batch, active_heads: int, topk: int, **options):
+    """heads, shared_q, shared_scale, selection"""
+    return sgl_kernel_misa.route_sampled_topk_prefill(
+        batch.q,
+        batch.weights,
+        batch.index_k,
+        batch.page_table,
+        batch.cu_rows,
+        batch.lengths,
+        active_heads,
+        topk,
+        **options,
+    )
+
+
 def topk_prefill(batch: Batch, heads, topk: int, **options) -> torch.Tensor:
     return sgl_kernel_misa.topk_prefill(
         batch.q,

@@ -32,6 +32,7 @@ OPS = (
     "topk_decode",
     "route_topk_decode",
     "route_sampled_topk_decode",
+    "route_sampled_topk_prefill",
     "rerank",
 )
 
@@ -66,6 +67,7 @@ PARAMETERS = {
     "route_topk_decode": "q weights pooled_keys index_k page_table rows_per_seq lengths active_heads "
     "block_size topk",
     "route_sampled_topk_decode": "q weights index_k page_table rows_per_seq lengths active_heads topk",
+    "route_sampled_topk_prefill": "q weights index_k page_table cu_rows lengths active_heads topk",
     "rerank": "q weights candidates index_k page_table cu_rows lengths topk",
 }
 NUMBERS = dict(active_heads=8, block_size=1024, topk=2048, rows_per_seq=4)
@@ -106,6 +108,9 @@ SCHEMAS = {
     "int active_heads) -> (Tensor, Tensor, Tensor)",
     "route_sampled_topk_decode": "(Tensor q, Tensor weights, Tensor index_k, Tensor page_table, int rows_per_seq, "
     f"Tensor lengths, int active_heads, int topk, *, {OPTIONS_OF_A_SELECTION}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "route_sampled_topk_prefill": "(Tensor q, Tensor weights, Tensor index_k, Tensor page_table, Tensor cu_rows, "
+    "Tensor lengths, int active_heads, int topk, *, int? max_context=None, "
+    f"{OPTIONS_OF_A_SELECTION}) -> (Tensor, Tensor, Tensor, Tensor)",
     "route_topk_decode": "(Tensor q, Tensor weights, Tensor pooled_keys, Tensor index_k, Tensor page_table, "
     "int rows_per_seq, Tensor lengths, int active_heads, int block_size, int topk, *, "
     f"{OPTIONS_OF_A_SELECTION}) -> (Tensor, Tensor)",
@@ -171,9 +176,10 @@ def check_results(device):
     assert heads.shape == (TOKENS, 7) and heads.dtype == torch.int32
     assert shared_q.shape == (TOKENS, 128) and shared_q.dtype == torch.float8_e4m3fn
     assert shared_scale.shape == (TOKENS,) and shared_scale.dtype == torch.float32
-    *routed, out = call("route_sampled_topk_decode", device)
-    assert [x.shape for x in routed] == [(TOKENS, 7), (TOKENS, 128), (TOKENS,)]
-    assert out.shape == (TOKENS, 2048)
+    for op in ("route_sampled_topk_decode", "route_sampled_topk_prefill"):
+        *routed, out = call(op, device)
+        assert [x.shape for x in routed] == [(TOKENS, 7), (TOKENS, 128), (TOKENS,)]
+        assert out.shape == (TOKENS, 2048)
     shared = dict(shared_q=shared_q, shared_scale=shared_scale)
     for op in ("topk_prefill", "topk_decode"):
         assert call(op, device, **shared).shape == (TOKENS, 2048)
@@ -284,7 +290,13 @@ def test_wrong_shapes_are_named(op, name, shape, device):
     ]
     + [
         (op, name, value)
-        for op in ("topk_prefill", "topk_decode", "route_topk_decode", "rerank")
+        for op in (
+            "topk_prefill",
+            "topk_decode",
+            "route_topk_decode",
+            "route_sampled_topk_prefill",
+            "rerank",
+        )
         for name, value in [
             ("topk", 0),
             ("topk", -64),
@@ -395,6 +407,15 @@ def test_launches_fit_the_kernels(launches, sms):
                 f"decode_select_{ranks}",
             ]
     assert "score_planes_64" in names("topk_prefill", heads=None)
+    for active, scoring in ((1, 8), (8, 8), (9, 16), (63, 64)):
+        assert names("route_sampled_topk_prefill", active_heads=active) == [
+            "route_sampled_64",
+            "sample",
+            f"score_samples_{scoring}",
+            "threshold",
+            f"score_planes_{scoring}",
+            f"select_{scoring}_3072",
+        ]
     assert names("route_topk_decode") == [
         "decode_route_64_4_8",
         "decode_score_8_4",
@@ -423,9 +444,15 @@ def test_nothing_is_launched_for_no_rows(launches, op):
 
 def test_what_is_refused_is_not_begun(launches):
     """All checks of an operation come before its first launch: the router would read rows that are not there."""
-    for changes in (dict(rows_per_seq=9), dict(topk=0), dict(output="nonsense")):
+    for op, changes in (
+        ("route_topk_decode", dict(rows_per_seq=9)),
+        ("route_topk_decode", dict(topk=0)),
+        ("route_topk_decode", dict(output="nonsense")),
+        ("route_sampled_topk_prefill", dict(max_context=641)),
+        ("route_sampled_topk_prefill", dict(topk=65)),
+    ):
         with pytest.raises(ValueError):
-            launches("route_topk_decode", **changes)
+            launches(op, **changes)
         assert launches.found == []
 
 

@@ -4,7 +4,14 @@ import random
 
 import pytest
 import torch
-from hopper import decode, needs_hopper, prefill, route_sampled, sampled_decode
+from hopper import (
+    decode,
+    needs_hopper,
+    prefill,
+    route_sampled,
+    sampled_decode,
+    sampled_prefill,
+)
 from kernel_ops import captured, route_sampled_topk_decode
 
 from sglang.srt.layers.misa.testing.batches import (
@@ -102,6 +109,19 @@ def test_decode(kind, rows, num_heads):
     check_slots(routed, batch, 8)
     check_batch(out, batch, routed[0], 2048, shared=SharedHead(*routed[1:]))
     apart = decode(batch, routed[0], 2048, **shared_options(routed))
+    assert torch.equal(out, apart)
+
+
+@pytest.mark.parametrize("active_heads", [1, 8, 20])
+@pytest.mark.parametrize("num_heads", [32, 64])
+def test_prefill_is_the_router_and_the_selection(num_heads, active_heads):
+    """In one operation, bit for bit; of several sequences, and padding."""
+    specs = [(300, 9000), (1, 2049), (700, 40_000), (5, 64)]
+    batch = make_batch("random", specs, num_heads, padded_rows=3)
+    options = dict(output="slots", init_tokens=3, local_tokens=70)
+    *routed, out = sampled_prefill(batch, active_heads, 2048, **options)
+    assert same_bits(routed, route_sampled(batch, active_heads))
+    apart = prefill(batch, routed[0], 2048, **shared_options(routed), **options)
     assert torch.equal(out, apart)
 
 

@@ -19,6 +19,7 @@ NAMES = [
     "topk_decode",
     "route_topk_decode",
     "route_sampled_topk_decode",
+    "route_sampled_topk_prefill",
     "rerank",
 ]
 

@@ -30,7 +30,7 @@ from sgl_kernel_misa.decode import (
 )
 from sgl_kernel_misa.library import check_device
 from sgl_kernel_misa.pooled_keys import update_pooled_keys
-from sgl_kernel_misa.prefill import topk_prefill
+from sgl_kernel_misa.prefill import route_sampled_topk_prefill, topk_prefill
 from sgl_kernel_misa.reranking import rerank
 from sgl_kernel_misa.routing import route
 from sgl_kernel_misa.sampled_routing import route_sampled
@@ -47,6 +47,7 @@ __all__ = [
     "route",
     "route_sampled",
     "route_sampled_topk_decode",
+    "route_sampled_topk_prefill",
     "route_topk_decode",
     "topk_decode",
     "topk_prefill",

@@ -118,9 +118,14 @@ def launch_route_sampled(
 
 
 @functools.lru_cache(maxsize=SHAPES)
-def _chain(
+def _chain(num_heads: int, sms: int, **numbers: int) -> Chain:
+    return Chain(TENSORS, step(num_heads, sms, **numbers), inside=KEYS_AND_SCALES)
+
+
+def step(
     num_heads: int, sms: int, *, rows_per_seq: int, rows: int, batch: int, **numbers
-) -> Chain:
+) -> Step:
+    """The router's launch, with the tensors of TENSORS and KEYS_AND_SCALES."""
     # Rows that share what is copied of the keys: so few that all SMs have some. A row's bits do not depend on it.
     tile_rows = -(-rows // (ROUTER_CTAS_PER_SM * sms))
     if rows_per_seq:
@@ -128,7 +133,5 @@ def _chain(
     else:
         tiles = rows // tile_rows + batch + 1
     own = dict(rows_per_seq=rows_per_seq, tile_rows=tile_rows, tiles=tiles)
-    step = Step(
-        f"route_sampled_{num_heads}", dict(own, rows=rows, batch=batch, **numbers)
-    )
-    return Chain(TENSORS, step, inside=KEYS_AND_SCALES)
+    numbers = dict(own, rows=rows, batch=batch, **numbers)
+    return Step(f"route_sampled_{num_heads}", numbers)

@@ -140,25 +140,27 @@ class MisaIndexer:
             "lengths": batch.lengths,
             "active_heads": config.active_heads,
         }
-        shared_q, shared_scale = None, None
-        if config.pools_keys:
-            heads = ops.route(
-                pooled_keys=pooled_keys, block_size=config.block_size, **rows
+        if not config.pools_keys:
+            *routed, indices = ops.route_sampled_topk_prefill(
+                index_k=index_k,
+                topk=topk,
+                max_context=batch.bounds[1],
+                **rows,
+                **form,
+                **self.forced,
             )
-        else:
-            heads, shared_q, shared_scale = ops.route_sampled(index_k=index_k, **rows)
+            return Selection(indices, *routed)
+        heads = ops.route(pooled_keys=pooled_keys, block_size=config.block_size, **rows)
         best = self._best(
             q=q,
             weights=weights,
             heads=heads,
-            shared_q=shared_q,
-            shared_scale=shared_scale,
             index_k=index_k,
             batch=batch,
             topk=topk,
             **form,
         )
-        return Selection(best, heads, shared_q, shared_scale)
+        return Selection(best, heads)
 
     def _best(
         self,
@@ -171,7 +173,7 @@ class MisaIndexer:
         topk: int,
         **form,
     ) -> torch.Tensor:
-        """The `topk` tokens of highest score by `heads`, and the shared one if `form` has it; by all heads where that is None."""
+        """The `topk` tokens of highest score by `heads`; by all heads where that is None."""
         ops = operations(q.device)
         if batch.bounds is None:
             return ops.topk_decode(

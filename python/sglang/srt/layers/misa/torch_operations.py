@@ -270,6 +270,46 @@ def route_sampled_topk_decode(
     return heads, shared_q, shared_scale, selected
 
 
+def route_sampled_topk_prefill(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    active_heads: int,
+    topk: int,
+    *,
+    max_context: Optional[int] = None,
+    init_tokens: int = 0,
+    local_tokens: int = 0,
+    output: str = "positions",
+    offsets: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`route_sampled`, then `topk_prefill` with its heads -> heads, shared_q, shared_scale, selection."""
+    heads, shared_q, shared_scale = route_sampled(
+        q, weights, index_k, page_table, cu_rows, lengths, active_heads
+    )
+    selected = topk_prefill(
+        q,
+        weights,
+        heads,
+        index_k,
+        page_table,
+        cu_rows,
+        lengths,
+        topk,
+        max_context=max_context,
+        shared_q=shared_q,
+        shared_scale=shared_scale,
+        init_tokens=init_tokens,
+        local_tokens=local_tokens,
+        output=output,
+        offsets=offsets,
+    )
+    return heads, shared_q, shared_scale, selected
+
+
 def rerank(
     q: torch.Tensor,
     weights: torch.Tensor,
