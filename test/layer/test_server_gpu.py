@@ -397,7 +397,9 @@ SOAKED = {
     "EAGLE": chain(3),
     "HiCache": COOKBOOK_HICACHE,
     "TP": TWO_GPUS,
+    "TP and EAGLE": (*TWO_GPUS, *chain(3)),
     "DP attention": (*TWO_GPUS, "--dp", "2", "--enable-dp-attention"),
+    "CP": (*TWO_GPUS, "--enable-prefill-cp", "--cp-strategy", "interleave"),
 }
 
 
@@ -416,7 +418,7 @@ def test_soak(launch, family, tiny_model, tmp_path):
     """
     config, room = CONFIGS["hierarchical"], 16384
     with serve(
-        tiny_model(family, LAYERS, TOPK, nextn=launch == "EAGLE"),
+        tiny_model(family, LAYERS, TOPK, nextn="EAGLE" in launch),
         tmp_path,
         *misa_args(config),
         *SOAKED[launch],
