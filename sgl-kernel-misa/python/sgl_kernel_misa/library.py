@@ -6,6 +6,7 @@ The library has a C ABI, and `manifest.json` beside it says what is in it. Nothi
 
 import ctypes
 import functools
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -39,19 +40,13 @@ _TYPES = {
 }
 
 
-class _Place(ctypes.Structure):
-    """As in include/launches.h."""
-
-    _fields_ = [("tensor", ctypes.c_int64), ("offset", ctypes.c_int64)]
-
-
 class _Launch(ctypes.Structure):
-    """As in include/launches.h."""
+    """As in include/launches.h; `values` and `places` are arrays."""
 
     _fields_ = [
         ("run", ctypes.c_void_p),
         ("values", ctypes.c_char_p),
-        ("places", ctypes.POINTER(_Place)),
+        ("places", ctypes.c_char_p),
         ("pointers", ctypes.c_int32),
         ("arguments", ctypes.c_int32),
     ]
@@ -74,21 +69,25 @@ class _Kernel:
         self.device = device
         # The tensors come before the numbers: the builder sees to that.
         self.tensors = [argument for argument, kind in arguments if kind == "pointer"]
+        self.pointers = set(self.tensors)
         self.numbers = {
             argument: _TYPES[kind] for argument, kind in arguments if kind != "pointer"
         }
-        self.run = getattr(library, f"{name}_run")
+        layout = "".join(_TYPES[kind] for _, kind in arguments)
+        self._pack = struct.Struct("<" + layout).pack
+        run = getattr(library, f"{name}_run")
+        self.address = ctypes.cast(run, ctypes.c_void_p).value
         self._init = getattr(library, f"{name}_init")
         self._last_error = getattr(library, f"{name}_get_last_error")
         self._last_error.restype = ctypes.c_char_p
-        self._ready = False
+        self.ready = False
 
     def prepare(self) -> None:
         """Set the kernel's attributes, once; its device is the current one."""
-        if not self._ready:
+        if not self.ready:
             if self._init():
                 raise self.failure()
-            self._ready = True
+            self.ready = True
 
     def values(self, numbers: Mapping[str, float]) -> bytes:
         """The arguments as `<name>_run` takes them, with room for the pointers.
@@ -96,9 +95,7 @@ class _Kernel:
         Raises:
             struct.error: a number is of the wrong type or out of its type's range.
         """
-        layout = "<" + "".join(self.numbers.values())
-        pointers = bytes(8 * len(self.tensors))
-        return pointers + struct.pack(layout, *(numbers[name] for name in self.numbers))
+        return self._pack(*[0] * len(self.tensors), *(numbers[x] for x in self.numbers))
 
     def failure(self) -> RuntimeError:
         return RuntimeError(
@@ -202,31 +199,47 @@ class Chain:
             raise _devices[device].kernels[kernel].failure()
 
     def _bind(self, tensors: Tuple[torch.Tensor, ...]) -> Callable[[Any, int], int]:
-        """Check everything; returns what launches the chain, given the tensors' addresses and a stream."""
+        """Check everything; returns what launches the chain, given the tensors' addresses and a stream.
+
+        Every step of a server with a new shape comes here: what is wrong with a chain is found out where something is.
+        """
         device = tensors[0].get_device()
         loaded = _devices.get(device)
         if loaded is None:
             if device < 0:
-                names = ", ".join(step.kernel for step in self.steps)
+                kernels = ", ".join(step.kernel for step in self.steps)
                 raise TypeError(
-                    f"{names}: the kernels take CUDA tensors, not {_what(tensors[0])}"
+                    f"{kernels}: the kernels take CUDA tensors, not {_what(tensors[0])}"
                 )
             loaded = _load(device)
-        self._check(loaded, dict(zip(self.tensors, tensors, strict=True)), device)
-        places = {name: _Place(i, 0) for i, name in enumerate(self.tensors)}
+        places = {name: (i, 0) for i, name in enumerate(self.tensors)}
         for name, (tensor, offset) in self.inside.items():
-            places[name] = _Place(self.tensors.index(tensor), offset)
+            places[name] = (self.tensors.index(tensor), offset)
         launches = (_Launch * len(self.steps))()
-        with torch.cuda.device(device):
-            for step, filled in zip(self.steps, launches):
+        used = {tensor for tensor, _ in self.inside.values()}
+        try:
+            fits = len(tensors) == len(self.tensors)
+            fits = fits and {tensor.get_device() for tensor in tensors} == {device}
+            for step, launch in zip(self.steps, launches):
                 kernel = loaded.kernels[step.kernel]
-                kernel.prepare()
-                of_step = [step.renamed.get(name, name) for name in kernel.tensors]
-                filled.run = ctypes.cast(kernel.run, ctypes.c_void_p)
-                filled.values = kernel.values(step.numbers)
-                filled.places = (_Place * len(of_step))(*(places[x] for x in of_step))
-                filled.pointers = len(of_step)
-                filled.arguments = len(of_step) + len(kernel.numbers)
+                names = [step.renamed.get(name, name) for name in kernel.tensors]
+                used.update(names)
+                fits = fits and len(step.numbers) == len(kernel.numbers)
+                fits = fits and step.renamed.keys() <= kernel.pointers
+                launch.values = kernel.values(step.numbers)
+                flat = itertools.chain.from_iterable(places[name] for name in names)
+                launch.places = struct.pack(f"<{2 * len(names)}q", *flat)
+                launch.pointers = len(names)
+                launch.arguments = len(names) + len(kernel.numbers)
+                launch.run = kernel.address
+        except (AttributeError, KeyError, struct.error):
+            fits = False
+        if not fits or used != places.keys():
+            self._check(loaded, dict(zip(self.tensors, tensors, strict=True)), device)
+        if not all(loaded.kernels[step.kernel].ready for step in self.steps):
+            with torch.cuda.device(device):
+                for step in self.steps:
+                    loaded.kernels[step.kernel].prepare()
         return functools.partial(loaded.launch_chain, launches, len(launches))
 
     def _check(
@@ -247,7 +260,7 @@ class Chain:
             missing = names - given.keys() - self.inside.keys()
             missing |= kernel.numbers.keys() - step.numbers.keys()
             unknown = step.numbers.keys() - kernel.numbers.keys()
-            unknown |= step.renamed.keys() - set(kernel.tensors)
+            unknown |= step.renamed.keys() - kernel.pointers
             wrong += [f"{name} is missing" for name in sorted(missing)]
             wrong += [f"{name} is unknown" for name in sorted(unknown)]
             for name, layout in kernel.numbers.items():
