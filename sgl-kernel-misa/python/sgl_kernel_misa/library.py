@@ -235,24 +235,25 @@ class Chain:
         except (AttributeError, KeyError, struct.error):
             fits = False
         if not fits or used != places.keys():
-            self._check(loaded, dict(zip(self.tensors, tensors, strict=True)), device)
+            given = dict(zip(self.tensors, tensors, strict=True))
+            raise self._mismatch(loaded, given, device)
         if not all(loaded.kernels[step.kernel].ready for step in self.steps):
             with torch.cuda.device(device):
                 for step in self.steps:
                     loaded.kernels[step.kernel].prepare()
         return functools.partial(loaded.launch_chain, launches, len(launches))
 
-    def _check(
+    def _mismatch(
         self, loaded: _Loaded, given: Dict[str, torch.Tensor], device: int
-    ) -> None:
-        """Raise unless the steps have all that their kernels ask for, and use all that is there."""
+    ) -> Exception:
+        """What the kernels ask for and the chain has not, what it has and they do not use, and what is of the wrong kind."""
         wrong = []
         used = {tensor for tensor, _ in self.inside.values()}
         for step in self.steps:
             kernel = loaded.kernels.get(step.kernel)
             if kernel is None:
                 known = ", ".join(loaded.kernels)
-                raise RuntimeError(
+                return RuntimeError(
                     f"there is no kernel {step.kernel} in the library; it has {known}"
                 )
             names = {step.renamed.get(name, name) for name in kernel.tensors}
@@ -274,9 +275,8 @@ class Chain:
             if not isinstance(value, torch.Tensor) or value.get_device() != device:
                 wrong.append(f"{name} is {_what(value)}, not a tensor on cuda:{device}")
         wrong += [f"{name} is unknown" for name in self.inside.keys() - used]
-        if wrong:
-            kernels = ", ".join(step.kernel for step in self.steps)
-            raise TypeError(f"{kernels}: {'; '.join(wrong)}")
+        kernels = ", ".join(step.kernel for step in self.steps)
+        return TypeError(f"{kernels}: {'; '.join(wrong)}")
 
 
 def check_device(device: Optional[Union[torch.device, str, int]] = None) -> None:
