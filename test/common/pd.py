@@ -1,5 +1,6 @@
 """A prefill and a decode server side by side, and the keys that one computed and the other received."""
 
+import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,14 @@ import torch
 
 from sglang_misa.server import RecordedServer, reserved_port, serve
 
+THREADS = 32
+
 
 class Pair:
-    """Two servers that answer every request together; requests are numbered from 1 on, and these numbers are their ids."""
+    """Two servers that answer every request together.
+
+    Requests are numbered from 1 on, and these numbers are their ids where they are given none.
+    """
 
     def __init__(
         self,
@@ -21,23 +27,36 @@ class Pair:
         threads: ThreadPoolExecutor,
     ):
         self.prefill, self.decode = prefill, decode
-        self.port, self.threads, self.count = port, threads, 0
+        self.port, self.threads = port, threads
+        self._numbers, self.count = itertools.count(1), 0
 
-    def ask(self, prompt: List[int], new_tokens: int) -> Future:
+    def ask(self, prompt: List[int], new_tokens: int, rid: str = "") -> Future:
         """The decode server's answer."""
-        self.count += 1
+        self.count = number = next(self._numbers)
         room = {
             "bootstrap_host": "127.0.0.1",
             "bootstrap_port": self.port,
-            "bootstrap_room": self.count,
+            "bootstrap_room": number,
         }
         answers = [
             self.threads.submit(
-                server.generate, prompt, new_tokens, str(self.count), **room
+                server.generate, prompt, new_tokens, rid or str(number), **room
             )
             for server in (self.prefill, self.decode)
         ]
         return answers[1]
+
+    def generate(self, prompt: List[int], new_tokens: int, rid: str) -> Dict:
+        return self.ask(prompt, new_tokens, rid).result()
+
+    def post(self, path: str, **body) -> None:
+        """To both."""
+        for server in (self.prefill, self.decode):
+            server.post(path, **body)
+
+    def forget(self) -> None:
+        for server in (self.prefill, self.decode):
+            server.forget()
 
 
 @contextmanager
@@ -67,7 +86,7 @@ def serve_pair(
         with (
             one("prefill", prefill) as first,
             one("decode", decode) as second,
-            ThreadPoolExecutor(8) as threads,
+            ThreadPoolExecutor(THREADS) as threads,
         ):
             yield Pair(first, second, port, threads)
 

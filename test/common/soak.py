@@ -5,9 +5,10 @@ import random
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable
+from typing import Callable, Union
 
 import requests
+from pd import Pair
 
 from sglang_misa.server import RecordedServer, tokens
 
@@ -16,8 +17,11 @@ MINUTES = float(os.environ.get("SOAK_MINUTES", 0))
 ROUND = 20
 
 
+Server = Union[RecordedServer, Pair]
+
+
 def soak(
-    server: RecordedServer,
+    server: Server,
     count: int,
     longest: int,
     users: int,
@@ -46,7 +50,7 @@ def soak(
     return outcomes
 
 
-def _ask(server: RecordedServer, seed: int, longest: int) -> str:
+def _ask(server: Server, seed: int, longest: int) -> str:
     rng = random.Random(seed)
     size = int(longest ** rng.uniform(0.3, 1))
     # Few texts, of which prompts are the beginnings: a third of them are in the cache, as far as it reaches.

@@ -403,6 +403,13 @@ SOAKED = {
 }
 
 
+def check_some(server, config):
+    """Some rows of every 25th record."""
+    for path in sorted(server.capture_dir.glob("*.pt"))[::25]:
+        record = torch.load(path, map_location="cuda")
+        check_record(some_rows(record, 16), config, TOPK, exact=False)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "launch",
@@ -427,14 +434,34 @@ def test_soak(launch, family, tiny_model, tmp_path):
         env=POSITIONS,
     ) as server:
 
-        def check():
-            for path in sorted(server.capture_dir.glob("*.pt"))[::25]:
-                record = torch.load(path, map_location="cuda")
-                check_record(some_rows(record, 16), config, TOPK, exact=False)
-
-        outcomes = soak(server, 200, longest=8000, users=8, check=check)
+        outcomes = soak(server, 200, 8000, 8, lambda: check_some(server, config))
         print(launch, family, dict(outcomes))
         assert outcomes["finished"] > outcomes["aborted"] > 0
         server.flush_cache()
         whole = tokens(room - 1024)
         assert len(server.generate(whole, 4)["output_ids"]) == 4
+
+
+@pytest.mark.parametrize("backend", TRANSFERS)
+def test_soak_of_prefill_and_decode_servers(backend, tiny_model, tmp_path):
+    pytest.importorskip(TRANSFERS[backend])
+    config, room = CONFIGS["hierarchical"], 16384
+    with serve_pair(
+        tiny_model("deepseek_v32", LAYERS, TOPK),
+        tmp_path,
+        backend,
+        *misa_args(config),
+        *("--max-total-tokens", str(room), "--cuda-graph-backend-prefill", "disabled"),
+        env=POSITIONS,
+    ) as pair:
+
+        def check():
+            for server in (pair.prefill, pair.decode):
+                check_some(server, config)
+
+        outcomes = soak(pair, 200, 8000, 8, check)
+        print(backend, dict(outcomes))
+        assert outcomes["finished"] > outcomes["aborted"] > 0
+        # The cache of neither has lost a page.
+        whole = pair.ask(tokens(room - 1024), 4).result()
+        assert len(whole["output_ids"]) == 4
