@@ -13,7 +13,7 @@ fi
 PATH=$PWD/.venv-lint/bin:$PATH
 
 # Results and checkpoints are data.
-files() { git ls-files -z -- "$@" ':!benchmark/results' ':!scripts/mini_dsa/checkpoint'; }
+files() { git ls-files -z -- "$@" ':!benchmark/results' ':!scripts/mini_dsa/checkpoint*'; }
 python() { files '*.py' | xargs -0 "$@"; }
 cpp() { files '*.cuh' '*.cpp' '*.h' | xargs -0 clang-format "$@"; }
 

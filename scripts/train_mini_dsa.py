@@ -1,39 +1,45 @@
 """Trains mini-DSA: dense attention, then the indexer, then both with the attention that the indexer selects.
 
     python scripts/mini_dsa/corpus.py corpus
-    python scripts/train_mini_dsa.py --corpus corpus --out checkpoint
+    python scripts/train_mini_dsa.py --corpus corpus --out mini-dsa-32k --minutes 9.2
 
-This is the model of 32K tokens. To one of 128K with a NextN layer, and to its sibling of GLM-5's shape, whose layers are the same
-and whose indexers are trained anew:
+This is a model of 32K tokens. To one of 128K with a NextN layer, and to its sibling of GLM-5's shape, whose layers are the same and
+whose indexers are trained anew:
 
-    python scripts/train_mini_dsa.py --corpus corpus --out deepseek --minutes 16 --nextn --no-compile \\
-        --curriculum 32k-to-128k --start scripts/mini_dsa/checkpoint
-    python scripts/train_mini_dsa.py --corpus corpus --out glm --minutes 6 --nextn --no-compile --family glm_moe_dsa \\
-        --curriculum indexer-128k --start deepseek
+    python scripts/train_mini_dsa.py --corpus corpus --out checkpoint --minutes 16 --nextn --no-compile \\
+        --curriculum 32k-to-128k --start mini-dsa-32k
+    python scripts/train_mini_dsa.py --corpus corpus --out checkpoint-glm --minutes 5 --nextn --no-compile \\
+        --family glm_moe_dsa --curriculum indexer-128k --start checkpoint
 
-or the first from nothing with `--curriculum 128k --minutes 25 --nextn`.
+or the first from nothing with `--curriculum 128k --minutes 25 --nextn`. `mini_dsa/checkpoint` and `mini_dsa/checkpoint-glm` come
+from these three commands.
 
 `<out>/training.jsonl` says how it went. With --resume, a training that was broken off goes on where it last saved its state, at
-most a minute before, and one that paused (--pause) where it was. The data come in the same order whatever the clock does, so with --steps every run gives the same weights,
-as far as the device's arithmetic does.
+most a minute before, and one that paused (--pause) where it was. The data come in the same order whatever the clock does, so with
+--steps every run gives the same weights, as far as the device's arithmetic does.
 
-What a step costs, estimated for one H200 and five layers, the NextN layer being one; every step but the warm-ups' of 8K and 32K
-has 131,072 tokens. A layer's attention to all of 128K is 35 TFLOP, three and a half times as many with backward, at 550 TFLOPS,
-which is what the training to 32K came to on an H100; the rest of a dense step is 34 ms there, and perhaps 80 not compiled.
-The indexer's loss on 512 queries a layer writes and reads their 2^32 scores of single heads, some sixteen passes of 8.6 GB; what an
-eighth of the queries selects takes four passes of 700 GB in all, and masked attention at 150 TFLOPS. "GB" is the most memory,
-of which what backward needs was counted (165 MB for every 1,024 tokens).
+What the two trainings to 128K cost on one H200, of which other work had a share. Seconds a step are those of `training.jsonl`, behind
+the first step of a phase, which takes up to 20 s where attention is sparse; steps are those to its last line of a phase. A step has 131,072
+tokens, in the warm-ups of 8K and 32K 32,768. Work and memory are estimates for five layers, the NextN layer being one: a layer's
+attention to all of 128K is 35 TFLOP, three and a half times as many with backward; the indexer's loss on 512 queries a layer writes
+and reads their 2^32 scores of single heads, some sixteen passes of 8.6 GB; what an eighth of the queries selects takes four passes
+of 700 GB in all. "GB" is the most memory, of which what backward needs was counted (165 MB for every 1,024 tokens).
 
-    phase                   TFLOP   traffic   seconds    GB     steps in 16 minutes
-    nextn 8K                   22    0.2 TB      0.1      25         650
-    dense 64K                 310    0.1 TB      0.65     30         210
-    joint 128K                625    0.8 TB      1.4      35         320
-    warm-up 128K              180    0.7 TB      0.55     15         220
-    sparse 128K (1/8)         800    4   TB      3.3      40          60
+    phase                   TFLOP   traffic    GB   seconds   steps
+    in 16 minutes, 64 index heads
+      nextn 8K                 22    0.2 TB    25      0.08     733
+      dense 64K               310    0.1 TB    30      0.63     210
+      joint 128K              625    0.8 TB    35      1.5      294
+      warm-up 128K            180    0.7 TB    15      0.67     181
+      sparse 128K (1/8)       800    4   TB    40      3.5       47
+    in 5 minutes, 32 index heads
+      warm-up 8K                                       0.06     542
+      warm-up 32K                                      0.07     852
+      warm-up 128K                                     0.55     202
+      sparse 128K (1/8)                                2.8       24
 
-Of the curriculum from nothing, in 25 minutes: dense to 32K 0.05, 0.1 and 0.28 s a step, so 3,000, 1,000 and 600 steps; warm-up 0.12 s,
-so 600 and 700 (of 32K tokens); dense 64K 180, joint 330, warm-up 240, sparse 60. Other families' indexers, in 6 minutes: 400
-and 600 steps of warm-up to 32K, 300 at 128K (32 heads: 0.45 s), 35 sparse ones.
+The curriculum from nothing has not been run. In 25 minutes it would make some 3,000, 1,000 and 600 dense steps to 32K (0.05, 0.1 and
+0.28 s each on an H100), 600 and 700 of the warm-ups to 32K, 180 dense ones of 64K, 330 joint, 240 warm-up and 60 sparse ones.
 """
 
 import argparse

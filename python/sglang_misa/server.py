@@ -150,7 +150,7 @@ def server_command(model_path: Path, *args: str, port: int) -> List[str]:
         from sglang_cpu_engine.launch import server_command as cpu_server_command
 
         return cpu_server_command(str(model_path), *args, port=port)
-    # Room for the longest prompt of a test; mini-DSA takes less, and SGLang refuses more than a model takes.
+    # Room for the longest prompt of a test; SGLang refuses more than a model takes.
     config = json.loads((Path(model_path) / "config.json").read_text())
     context = min(40000, config["max_position_embeddings"])
     return [

@@ -73,11 +73,15 @@ def scorer():
         assert path == "/generate" and body["return_logprob"]
         ids, start = body["input_ids"], body["logprob_start_len"]
         server.asked.append(ids)
-        worse = 0.5 * bool(server.info)
+        worse = 0.5 * bool(server.info.get("enable_misa"))
         rows = [[None, ids[start], None]]
         for i in range(start + 1, len(ids)):
             rows.append([logprob(ids, i, worse), ids[i], None])
-        return {"meta_info": {"input_token_logprobs": rows}}
+        new_tokens = body["sampling_params"]["max_new_tokens"]
+        meta_info = {"input_token_logprobs": rows}
+        if new_tokens > 1:  # else there is no step in which drafts could be taken
+            meta_info["spec_accept_length"] = new_tokens / len(ids)
+        return {"meta_info": meta_info}
 
     with FakeServer(answer, asked=[]) as server:
         yield server
@@ -145,6 +149,31 @@ def test_command(scorer, tmp_path):
             [*command, *options.split()], stderr=subprocess.PIPE, text=True
         )
         assert failed.returncode and message in failed.stderr
+
+
+def test_what_drafts_are_worth(scorer, tmp_path):
+    output = tmp_path / "perplexity.json"
+    command = [sys.executable, BENCHMARK / "perplexity.py", "--url", scorer.url]
+    command += ["--text", ROOT / "LICENSE", "--output", output]
+    command += "--contexts 512 1024 --scored 100 --windows 2".split()
+    subprocess.run(command, check=True)
+    without = json.loads(output.read_text())
+
+    command += "--new-tokens 64".split()
+    failed = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert failed.returncode and "the server drafts nothing" in failed.stderr
+
+    # Answers without new tokens do not count as such with them; the perplexity is the same.
+    scorer.info = {"speculative_num_draft_tokens": 4}
+    for _ in range(2):
+        subprocess.run(command, check=True)
+        assert len(scorer.asked) == 8
+    results = json.loads(output.read_text())
+    assert results[:2] == without
+    drafted = {"metric": "accept_length", "drafts": 3, "new_tokens": 64, "n": 2}
+    for context, result in zip((512, 1024), results[2:], strict=True):
+        assert result | drafted | {"context": context} == result
+        assert result["value"] == 64 / context and result["ci95"] == 0
 
 
 @pytest.mark.skipif(
