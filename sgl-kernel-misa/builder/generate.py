@@ -9,6 +9,7 @@ from tilelang import tvm
 from tilelang.jit.adapter.wrapper import TLCUDASourceWrapper
 
 from builder import Architecture
+from builder.launches import TYPES
 
 # The kernels place their barriers themselves and stay inside their tensors, so neither is added to them. Buffers in shared
 # memory do not overlap: TileLang would place them by the barriers that it sees, and some are in the CUDA functions.
@@ -17,9 +18,6 @@ PASS_CONFIGS = {
     "tl.disable_thread_storage_sync": True,
     "tl.disable_safe_memory_legalize": True,
 }
-
-# The types of numbers that a launch passes: sgl_kernel_misa.library knows how.
-NUMBERS = ("int32", "int64", "uint32", "float32", "float64")
 
 PORTABLE_CLUSTER = 8  # blocks that a cluster may have on every device
 
@@ -74,7 +72,7 @@ class Generated:
 
     Attributes:
         source: the device function and the host functions `<name>_call`, `<name>_init` and `<name>_get_last_error`.
-        arguments: those of `<name>_call`, less the stream: (name, "pointer" or a type of NUMBERS) in order.
+        arguments: those of `<name>_call`, less the stream: (name, a type of `launches.TYPES`) in order.
     """
 
     source: str
@@ -112,9 +110,9 @@ class HostFunctions(TLCUDASourceWrapper):
             if name not in given
         ]
         for argument, kind in arguments:
-            if kind != "pointer" and kind not in NUMBERS:
+            if kind not in TYPES:
                 raise RuntimeError(
-                    f"{self.name}: the type of {argument}, {kind}, is not one of {', '.join(NUMBERS)}"
+                    f"{self.name}: the type of {argument}, {kind}, is not one of {', '.join(TYPES)}"
                 )
         kinds = [kind == "pointer" for _, kind in arguments]
         if kinds != sorted(kinds, reverse=True):

@@ -4,7 +4,7 @@ from typing import List, Mapping, Tuple
 
 NAME = "launches"
 
-# Of the C ABI: what a pointer points at makes no difference.
+# The types of a kernel's arguments, in the C ABI: what a pointer points at makes no difference. sgl_kernel_misa.library lays them out.
 TYPES = {
     "pointer": "void*",
     "int32": "int32_t",
@@ -16,6 +16,7 @@ TYPES = {
 
 RUN = """
 extern "C" int {name}_call({types}, void* stream);
+static_assert({count} <= MAX_ARGUMENTS);
 extern "C" int {name}_run(Values values, void* stream) {{
   return {name}_call({arguments}, stream);
 }}
@@ -33,6 +34,7 @@ def source(arguments: Mapping[str, List[Tuple[str, str]]]) -> str:
         types = [TYPES[kind] for _, kind in of_kernel]
         text += RUN.format(
             name=name,
+            count=len(types),
             types=", ".join(types),
             arguments=", ".join(
                 f"argument<{kind}>(values, {place})" for place, kind in enumerate(types)

@@ -19,15 +19,16 @@ def route(batch: Batch, active_heads: int, block_size: int) -> torch.Tensor:
     )
 
 
+def _sampled(batch: Batch) -> tuple:
+    """What the sampled router takes of a batch with `cu_rows`."""
+    query = batch.q, batch.weights
+    return *query, batch.index_k, batch.page_table, batch.cu_rows, batch.lengths
+
+
 def route_sampled(batch: Batch, active_heads: int):
     """heads, shared_q, shared_scale"""
     return sgl_kernel_misa.route_sampled(
-        batch.q,
-        batch.weights,
-        batch.index_k,
-        batch.page_table,
-        batch.cu_rows,
-        batch.lengths,
+        *_sampled(batch),
         active_heads,
     )
 
@@ -50,12 +51,7 @@ def route_sampled_topk_decode(batch: Batch, active_heads: int, topk: int, **opti
 def route_sampled_topk_prefill(batch: Batch, active_heads: int, topk: int, **options):
     """heads, shared_q, shared_scale, selection"""
     return sgl_kernel_misa.route_sampled_topk_prefill(
-        batch.q,
-        batch.weights,
-        batch.index_k,
-        batch.page_table,
-        batch.cu_rows,
-        batch.lengths,
+        *_sampled(batch),
         active_heads,
         topk,
         **options,

@@ -6,7 +6,7 @@ whatever the thresholds were.
 """
 
 import functools
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from sgl_kernel_misa import checks
@@ -26,7 +26,6 @@ from sgl_kernel_misa.sampled_routing import checked_slots, step
 from sgl_kernel_misa.tensors import (
     KEYS_AND_SCALES,
     no_offsets,
-    padded_heads,
     slots,
 )
 
@@ -83,28 +82,14 @@ def topk_prefill(
     context = _checked_context(page_table, max_context)
     out = checks.selection(lengths, topk, output, offsets)
     if launching(q):
-        scoring, slots_of = slots(q, weights, heads, shared_q, shared_scale)
-        chain = _chain(
-            scoring,
-            num_sms(q.device),
+        _launch(
+            *slots(q, weights, heads, shared_q, shared_scale),
+            *(q, weights, index_k, page_table, cu_rows, lengths, offsets, out),
             routes=False,
-            shared=slots_of["shared"],
-            num_heads=slots_of["num_heads"],
-            active_heads=slots_of["active_heads"],
-            **_shapes(index_k, page_table, lengths),
             context=context,
-            topk=topk,
             init_tokens=init_tokens,
             local_tokens=local_tokens,
             form=FORMS[output],
-        )
-        chain.launch(
-            *(q, weights, slots_of["active"]),
-            *(slots_of["shared_q"], slots_of["shared_scale"]),
-            *(index_k, page_table, cu_rows, lengths),
-            no_offsets(lengths) if offsets is None else offsets,
-            index_k.new_empty(chain.workspace_bytes),
-            out,
         )
     return out
 
@@ -140,26 +125,14 @@ def route_sampled_topk_prefill(
     context = _checked_context(page_table, max_context)
     out = checks.selection(lengths, topk, output, offsets)
     if launching(q):
-        chain = _chain(
-            padded_heads(active_heads),
-            num_sms(q.device),
+        _launch(
+            *slots(q, weights, *routed),
+            *(q, weights, index_k, page_table, cu_rows, lengths, offsets, out),
             routes=True,
-            shared=1,
-            num_heads=q.shape[1],
-            active_heads=active_heads - 1,
-            **_shapes(index_k, page_table, lengths),
             context=context,
-            topk=topk,
             init_tokens=init_tokens,
             local_tokens=local_tokens,
             form=FORMS[output],
-        )
-        chain.launch(
-            *(q, weights, *routed),
-            *(index_k, page_table, cu_rows, lengths),
-            no_offsets(lengths) if offsets is None else offsets,
-            index_k.new_empty(chain.workspace_bytes),
-            out,
         )
     return *routed, out
 
@@ -176,16 +149,47 @@ def _checked_context(page_table: torch.Tensor, max_context: Optional[int]) -> in
     return context
 
 
-def _shapes(
-    index_k: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor
-) -> Dict[str, int]:
+def _launch(
+    scoring: int,
+    slots_of: Dict[str, Any],
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_k: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    offsets: Optional[torch.Tensor],
+    out: torch.Tensor,
+    **numbers: int,
+) -> None:
+    """Write the selections to `out`, and what fills the slots if `routes`.
+
+    Args:
+        scoring, slots_of: as of `slots`.
+        numbers: those of `_chain` that no tensor's shape says.
+    """
     batch, max_pages = page_table.shape
-    return dict(
+    chain = _chain(
+        scoring,
+        num_sms(q.device),
+        shared=slots_of["shared"],
+        num_heads=slots_of["num_heads"],
+        active_heads=slots_of["active_heads"],
         rows=lengths.shape[0],
         batch=batch,
         max_pages=max_pages,
         table_stride=page_table.stride(0),
         pages=index_k.shape[0],
+        topk=out.shape[1],
+        **numbers,
+    )
+    chain.launch(
+        *(q, weights, slots_of["active"]),
+        *(slots_of["shared_q"], slots_of["shared_scale"]),
+        *(index_k, page_table, cu_rows, lengths),
+        no_offsets(lengths) if offsets is None else offsets,
+        index_k.new_empty(chain.workspace_bytes),
+        out,
     )
 
 

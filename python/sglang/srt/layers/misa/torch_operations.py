@@ -171,17 +171,13 @@ def topk_decode(
     offsets: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """The same where every sequence has `rows_per_seq` rows, 1 to MAX_ROWS, and the host need not know the lengths."""
-    if not 1 <= rows_per_seq <= MAX_ROWS:
-        raise ValueError(f"rows_per_seq must be 1 to {MAX_ROWS}, not {rows_per_seq}")
-    if len(q) != len(page_table) * rows_per_seq:
-        raise ValueError(f"{len(q)} rows are not {rows_per_seq} rows a sequence")
     return topk_prefill(
         q,
         weights,
         heads,
         index_k,
         page_table,
-        _as_many(page_table, rows_per_seq),
+        _as_many(q, page_table, rows_per_seq),
         lengths,
         topk,
         shared_q=shared_q,
@@ -212,7 +208,7 @@ def route_topk_decode(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """`route`, then `topk_decode` with its heads -> heads, selection."""
     active = active_heads, block_size
-    cu_rows = _as_many(page_table, rows_per_seq)
+    cu_rows = _as_many(q, page_table, rows_per_seq)
     heads = route(q, weights, pooled_keys, page_table, cu_rows, lengths, *active)
     selected = topk_decode(
         q,
@@ -247,27 +243,20 @@ def route_sampled_topk_decode(
     offsets: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`route_sampled`, then `topk_decode` with its heads -> heads, shared_q, shared_scale, selection."""
-    cu_rows = _as_many(page_table, rows_per_seq)
-    heads, shared_q, shared_scale = route_sampled(
-        q, weights, index_k, page_table, cu_rows, lengths, active_heads
-    )
-    selected = topk_decode(
+    return route_sampled_topk_prefill(
         q,
         weights,
-        heads,
         index_k,
         page_table,
-        rows_per_seq,
+        _as_many(q, page_table, rows_per_seq),
         lengths,
+        active_heads,
         topk,
-        shared_q=shared_q,
-        shared_scale=shared_scale,
         init_tokens=init_tokens,
         local_tokens=local_tokens,
         output=output,
         offsets=offsets,
     )
-    return heads, shared_q, shared_scale, selected
 
 
 def route_sampled_topk_prefill(
@@ -374,8 +363,14 @@ def _select(
     return to_output(selected, output, page_table, cu_rows, offsets)
 
 
-def _as_many(page_table: torch.Tensor, rows_per_seq: int) -> torch.Tensor:
+def _as_many(
+    q: torch.Tensor, page_table: torch.Tensor, rows_per_seq: int
+) -> torch.Tensor:
     """`cu_rows` of sequences of as many rows each."""
+    if not 1 <= rows_per_seq <= MAX_ROWS:
+        raise ValueError(f"rows_per_seq must be 1 to {MAX_ROWS}, not {rows_per_seq}")
+    if len(q) != len(page_table) * rows_per_seq:
+        raise ValueError(f"{len(q)} rows are not {rows_per_seq} rows a sequence")
     cu_rows = torch.arange(
         len(page_table) + 1, dtype=torch.int32, device=page_table.device
     )
