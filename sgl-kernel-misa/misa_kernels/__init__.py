@@ -23,10 +23,11 @@ from misa_kernels.constants import (
     DECODE_ROUTE_ROWS,
     DECODE_ROWS,
     DECODE_SELECT_RANKS,
+    DECODE_SLOTS,
     NUM_HEADS,
+    PREFILL_SLOTS,
     RERANK_CAPACITIES,
     RERANK_RANKS,
-    SCORING_HEADS,
     SELECT_CAPACITIES,
 )
 from misa_kernels.decode_route import get_decode_route_kernel
@@ -89,7 +90,7 @@ def _kernels() -> Dict[str, Kernel]:
                 partial(get_decode_route_kernel, num_heads, rows, ranks),
                 prefers_shared=True,
             )
-    for heads in SCORING_HEADS:
+    for heads in PREFILL_SLOTS:
         for mode in ("planes", "samples"):
             kernels[f"score_{mode}_{heads}"] = Kernel(
                 partial(get_score_kernel, heads, mode)
@@ -98,10 +99,10 @@ def _kernels() -> Dict[str, Kernel]:
             kernels[f"select_{heads}_{capacity}"] = Kernel(
                 partial(get_select_kernel, heads, capacity)
             )
-        for rows in DECODE_ROWS:
-            kernels[f"decode_score_{heads}_{rows}"] = Kernel(
-                partial(get_decode_score_kernel, heads, rows), prefers_shared=True
-            )
+    for heads, rows in product(DECODE_SLOTS, DECODE_ROWS):
+        kernels[f"decode_score_{heads}_{rows}"] = Kernel(
+            partial(get_decode_score_kernel, heads, rows), prefers_shared=True
+        )
     for num_heads in NUM_HEADS:
         for capacity in RERANK_CAPACITIES:
             for ranks in RERANK_RANKS:

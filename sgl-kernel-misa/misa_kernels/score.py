@@ -32,7 +32,7 @@ def get_score_kernel(heads: int, mode: str):
     """Scoring for prefill.
 
     Args:
-        heads: heads of a row that score, 8, 16, 32 or 64; rows of `active` may be shorter.
+        heads: slots of a row, one of PREFILL_SLOTS; rows of `active` may be shorter.
         mode: "planes" writes two bits a token (`mark_page` in `score.cuh`: where its score lies among three thresholds);
             "samples" scores a sequence's sampled keys and writes the float32 scores.
     """

@@ -390,7 +390,14 @@ def test_launches_fit_the_kernels(launches, sms):
     slots = torch.zeros(7, dtype=torch.int32)
     assert names("update_pooled_keys", slots=slots) == ["update_pooled_keys_int32"]
     assert names("route") == ["pool_blocks", "route_64"]
-    for heads, scoring in ((1, 8), (8, 8), (9, 16), (32, 32), (33, 64)):
+    for heads, scoring, decoding in (
+        (1, 2, 8),
+        (3, 4, 8),
+        (5, 8, 8),
+        (9, 16, 16),
+        (32, 32, 32),
+        (33, 64, 64),
+    ):
         given = torch.zeros(TOKENS, heads, dtype=torch.int32)
         # A device with 78 SMs does not hold 12 clusters of 8, but so many candidates need them.
         few = 8 if sms == H100 else 4
@@ -403,11 +410,11 @@ def test_launches_fit_the_kernels(launches, sms):
                 f"select_{scoring}_{capacity}",
             ]
             assert names("topk_decode", heads=given, topk=topk) == [
-                f"decode_score_{scoring}_4",
+                f"decode_score_{decoding}_4",
                 f"decode_select_{ranks}",
             ]
     assert "score_planes_64" in names("topk_prefill", heads=None)
-    for active, scoring in ((1, 8), (8, 8), (9, 16), (63, 64)):
+    for active, scoring in ((1, 2), (2, 2), (3, 4), (8, 8), (9, 16), (63, 64)):
         assert names("route_sampled_topk_prefill", active_heads=active) == [
             "route_sampled_64",
             "sample",

@@ -38,7 +38,7 @@ def test_kinds(kind, num_heads, active_heads, topk):
     check(batch, active_heads, topk, kind in EXACT_KINDS)
 
 
-@pytest.mark.parametrize("active_heads", [1, 4, 8, 16, 32, None])
+@pytest.mark.parametrize("active_heads", [1, 2, 3, 4, 5, 8, 16, 32, None])
 @pytest.mark.parametrize("num_heads", [32, 64])
 def test_head_counts(active_heads, num_heads):
     if active_heads == num_heads:

@@ -11,12 +11,10 @@ PAGE_KEY_BYTES = PAGE_SIZE * HEAD_DIM  # before the scales
 PAGE_BYTES = PAGE_SIZE * (HEAD_DIM + 4)
 
 NUM_HEADS = (32, 64)  # of an indexer
-SCORING_HEADS = (
-    8,
-    16,
-    32,
-    64,
-)  # with which a row is scored: what is compiled, for up to so many
+# Slots with which a row is scored: what is compiled, for up to so many. Decode reads every key once for few rows, so fewer than 8
+# would not make it faster.
+DECODE_SLOTS = (8, 16, 32, 64)
+PREFILL_SLOTS = (2, 4, *DECODE_SLOTS)
 MAX_CONTEXT = 1 << 22  # tokens: positions are 22 bits of a sort key
 MAX_TOPK = 16384  # tokens, and candidates of a re-rank
 # Of a sequence that decode takes together: what is compiled, for up to so many.
@@ -41,14 +39,15 @@ DECODE_ROUTE_ROWS = 4  # whose heads each of them picks, at most
 DECODE_SELECT_RANKS = (2, 4, 8)
 RERANK_RANKS = (1, 8)
 
-SCORE_CTAS_PER_SM = {8: 2, 16: 2, 32: 1, 64: 1}  # of `decode_score`, by SCORING_HEADS
+SCORE_CTAS_PER_SM = {8: 2, 16: 2, 32: 1, 64: 1}  # of `decode_score`, by DECODE_SLOTS
 DECODE_CANDIDATES = 6144  # tokens that a CTA of `decode_select` lists
 RERANK_CAPACITIES = (4096, 8192, MAX_TOPK)  # candidates that a row may have
 
 
 def rows_per_warpgroup(heads: int) -> int:
-    """Rows that a warpgroup of `score` takes with `heads` heads each: as many as make 128 columns, and at least 4."""
-    return max(4, 128 // heads)
+    """Rows that a warpgroup of `score` takes with `heads` slots each: as many as make 128 columns, but 4 at least, and no more than 32,
+    whose thresholds fit into registers."""
+    return min(32, max(4, 128 // heads))
 
 
 def rows_per_tile(heads: int) -> int:

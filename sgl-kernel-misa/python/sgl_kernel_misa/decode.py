@@ -13,6 +13,7 @@ from sgl_kernel_misa import checks
 from sgl_kernel_misa.constants import (
     DECODE_CANDIDATES,
     DECODE_SELECT_RANKS,
+    DECODE_SLOTS,
     FORMS,
     MAX_ROWS,
     PAGE_SIZE,
@@ -270,7 +271,7 @@ def _launch_select(
         table_stride=page_table.stride(0),
     )
     scores = weights.new_empty(rows, width)
-    compiled, slots_of = slots(q, weights, heads, shared_q, shared_scale)
+    compiled, slots_of = slots(q, weights, heads, shared_q, shared_scale, DECODE_SLOTS)
     launch(
         f"decode_score_{compiled}_{compiled_rows(rows_per_seq)}",
         q=q,

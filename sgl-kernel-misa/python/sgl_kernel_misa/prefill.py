@@ -15,6 +15,7 @@ from sgl_kernel_misa.constants import (
     PAGE_BYTES,
     PAGE_KEY_BYTES,
     PAGE_SIZE,
+    PREFILL_SLOTS,
     SELECT_CAPACITIES,
     SPAN,
     rows_per_tile,
@@ -83,7 +84,7 @@ def topk_prefill(
     out = checks.selection(lengths, topk, output, offsets)
     if launching(q):
         _launch(
-            *slots(q, weights, heads, shared_q, shared_scale),
+            *slots(q, weights, heads, shared_q, shared_scale, PREFILL_SLOTS),
             *(q, weights, index_k, page_table, cu_rows, lengths, offsets, out),
             routes=False,
             context=context,
@@ -126,7 +127,7 @@ def route_sampled_topk_prefill(
     out = checks.selection(lengths, topk, output, offsets)
     if launching(q):
         _launch(
-            *slots(q, weights, *routed),
+            *slots(q, weights, *routed, PREFILL_SLOTS),
             *(q, weights, index_k, page_table, cu_rows, lengths, offsets, out),
             routes=True,
             context=context,

@@ -1,9 +1,9 @@
 """Tensors as the kernels take them."""
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
-from sgl_kernel_misa.constants import DECODE_ROWS, PAGE_KEY_BYTES, SCORING_HEADS
+from sgl_kernel_misa.constants import DECODE_ROWS, PAGE_KEY_BYTES
 
 
 def keys_and_scales(index_k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -32,8 +32,9 @@ def slots(
     heads: Optional[torch.Tensor],
     shared_q: Optional[torch.Tensor],
     shared_scale: Optional[torch.Tensor],
+    compiled: Sequence[int],
 ) -> Tuple[int, Dict[str, Any]]:
-    """The slots that a scoring kernel is compiled for, and what it takes to fill those of every row."""
+    """The slots that a scoring kernel is compiled for, one of `compiled`, and what it takes to fill those of every row."""
     active = all_heads(q) if heads is None else heads
     shared = shared_q is not None
     # Where there is no shared head, tensors of the same types stand for it, and are not read.
@@ -45,12 +46,8 @@ def slots(
         num_heads=q.shape[1],
         active_heads=active.shape[1],
     )
-    return padded_heads(active.shape[1] + shared), filled
-
-
-def padded_heads(count: int) -> int:
-    """Heads that the scoring kernels are compiled for, at least `count`."""
-    return next(size for size in SCORING_HEADS if size >= count)
+    count = active.shape[1] + shared
+    return next(size for size in compiled if size >= count), filled
 
 
 def compiled_rows(count: int) -> int:
