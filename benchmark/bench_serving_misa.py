@@ -22,7 +22,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 import torch
 from indexer import report
 from serving import records
-from serving.client import measure, warm_up
+from serving.client import load_bench_serving, measure, warm_up
 from serving.configurations import (
     BASELINE,
     VARIANTS,
@@ -60,6 +60,14 @@ class Running:
     client: Client
     idle_bytes: Optional[int]
     log: Path
+
+    @property
+    def room(self) -> float:
+        """Tokens that it can keep: HiCache has the device's on the host too, and more."""
+        info = self.client.info
+        hierarchical = info.get("enable_hierarchical_cache")
+        ratio = max(1, info["hicache_ratio"]) if hierarchical else 1
+        return info["max_total_num_tokens"] * ratio
 
     def measure(self, session: Session) -> Tuple[List[Dict], Optional[int]]:
         """What bench_serving writes of each workload, and the most memory that the server had."""
@@ -159,11 +167,11 @@ class Benchmark:
 
     def room_for(self, session: Session, servers: Sequence[Running]) -> bool:
         """Whether all servers' caches can hold a session; says so if not."""
-        room = min(server.client.info["max_total_num_tokens"] for server in servers)
+        room = min(server.room for server in servers)
         if room < session.room:
             what = ", ".join(map(str, session.workloads))
             tqdm.write(
-                f"skipped: {what} needs {session.room} tokens of cache, there are {room}"
+                f"skipped: {what} needs {session.room} tokens of cache, there are {room:.0f}"
             )
         return room >= session.room
 
@@ -371,6 +379,10 @@ def parse_arguments(arguments: Optional[Sequence[str]] = None) -> argparse.Names
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     args = parse_arguments(arguments)
+    try:
+        load_bench_serving()  # not when servers have been started for minutes
+    except ImportError as error:
+        sys.exit(f"bench_serving_misa: sglang.bench_serving does not load: {error}")
     benchmark = Benchmark(args)
     print(f"The servers' logs are in {benchmark.logs}.", flush=True)
     if args.profile:

@@ -7,7 +7,7 @@ import tempfile
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, List
+from typing import Callable, Dict, List
 from unittest import mock
 
 from sglang_misa.client import Client
@@ -15,6 +15,17 @@ from sglang_misa.client import Client
 from .configurations import Session, Workload
 
 WARM_UP_OUTPUT = 32  # tokens, as in bench_serving's own warm-up
+
+
+def load_bench_serving() -> Callable[[], None]:
+    """The command line of `sglang.bench_serving`. On a CPU it can be imported only where the CPU engine's variables are set.
+
+    Raises:
+        ImportError: something that it takes is not installed.
+    """
+    from sglang.benchmark.serving import cli_main
+
+    return cli_main
 
 
 def bench_serving(
@@ -34,9 +45,7 @@ def bench_serving(
     Raises:
         RuntimeError: a request failed.
     """
-    # On a CPU it can be imported only where the CPU engine's variables are set.
-    from sglang.benchmark.serving import cli_main
-
+    cli_main = load_bench_serving()
     with tempfile.TemporaryDirectory() as folder, log.open("a") as file:
         result = Path(folder) / "result.jsonl"
         command = [

@@ -99,6 +99,30 @@ def test_what_the_cache_held():
             check_cached(workload, cached)
 
 
+def test_what_the_caches_keep():
+    def room(**info):
+        client = SimpleNamespace(info={"max_total_num_tokens": 1000, **info})
+        return bench_serving_misa.Running(None, client, None, None).room
+
+    assert room() == 1000
+    # The host's memory holds what the device does, and more.
+    hicache = {"enable_hierarchical_cache": True}
+    assert room(**hicache, hicache_ratio=4.0) == 4000
+    assert room(**hicache, hicache_ratio=0.5) == 1000
+
+
+def test_without_bench_serving(monkeypatch):
+    """It ends before it starts a server."""
+
+    def missing():
+        raise ModuleNotFoundError("No module named 'datasets'")
+
+    monkeypatch.setattr(bench_serving_misa, "load_bench_serving", missing)
+    monkeypatch.setattr(bench_serving_misa, "Benchmark", None)
+    with pytest.raises(SystemExit, match="does not load: No module named 'datasets'"):
+        bench_serving_misa.main(["--model-path", "model"])
+
+
 def answer(ttft, tpot, throughput):
     """What bench_serving writes, as far as it is read."""
     known = {*records.VALUES.values(), *records.PERCENTILES.values()}
