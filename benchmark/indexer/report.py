@@ -44,10 +44,11 @@ def default_output(device: str, what: str = "indexer") -> Path:
 
 
 def write(records: list, path: Path) -> None:
-    """Put records into a file, in the place of those of the same case, variant, keys and router."""
+    """Put records into a file, in the place of those of the same case, keys and variant with the same numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else []
     names = ("case", "variant", "keys", "router")
+    names += ("active_heads", "block_size", "rerank_candidates")
     merged = {tuple(r[name] for name in names): r for r in kept + records}
     path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
 

@@ -1,7 +1,11 @@
-"""Heat maps of a needle-in-a-haystack result: python benchmark/quality/plot_niah.py niah.json niah.png"""
+"""Heat maps of a needle-in-a-haystack result: python benchmark/quality/plot_niah.py niah.json niah.png
+
+There is a row for each variant that was asked at more than two lengths.
+"""
 
 import argparse
 import itertools
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -13,8 +17,9 @@ import matplotlib.pyplot as plt
 
 
 def title(variant, needles, alike) -> str:
-    name, *numbers = variant
-    shown = [f"{letter} = {n}" for letter, n in zip("hBm", numbers) if n]
+    numbers = zip("hBm", variant[1:])
+    shown = [f"{letter} = {n}" for letter, n in numbers if n]
+    name = variant.variant + ", shared head" * (variant.router == "sampled")
     return f"{', '.join([name, *shown])}: {needles} needle{'s' * (needles > 1)}{', alike' * alike}"
 
 
@@ -24,8 +29,13 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     args = parser.parse_args()
     results = [r for r in read([args.result]) if r["metric"] == "niah"]
+    lengths = defaultdict(set)
+    for r in results:
+        lengths[Variant.of(r)].add(r["context"])
     maps = {}
     for r in results:
+        if len(lengths[Variant.of(r)]) <= 2:
+            continue
         variant, cell = Variant.of(r), (r["depth"], r["context"])
         kind = r["needles"], r.get("alike", False)
         maps.setdefault((variant, kind), {})[cell] = r["value"]
@@ -46,7 +56,7 @@ def main() -> None:
         axis.set_yticks(range(len(depths)), [f"{d}%" for d in depths])
         axis.set(title=title(key[0], *key[1]), xlabel="context, tokens", ylabel="depth")
         figure.colorbar(image, ax=axis, label="found")
-    figure.savefig(args.image, dpi=120)
+    figure.savefig(args.image, dpi=80)
 
 
 if __name__ == "__main__":

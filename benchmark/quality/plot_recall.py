@@ -1,8 +1,8 @@
-"""Recall and attention mass over heads and block sizes: python benchmark/quality/plot_recall.py recall.json recall.png"""
+"""Recall and attention mass over heads and over length: python benchmark/quality/plot_recall.py recall.json recall.png"""
 
 import argparse
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import matplotlib
 from results import Variant, read
@@ -14,52 +14,61 @@ METRICS = {
     "recall": "of DSA's tokens",
     "attention_mass": "of the attention",
 }
+# With the pooled router, this one stands for all block sizes where they are not the subject.
+BLOCK_SIZE = 1024
 
 
-def name(record: Dict) -> str:
-    variant = Variant.of(record)
-    shown = variant.variant + ", shared head" * (variant.router == "sampled")
-    numbers = zip("ma", (variant.rerank_candidates, variant.taken))
+def name(variant: Variant) -> str:
+    shown = variant.variant + f" ({variant.router})" * bool(variant.router)
+    numbers = zip("hm", (variant.active_heads, variant.rerank_candidates))
     return ", ".join([shown, *(f"{letter} = {n}" for letter, n in numbers if n)])
 
 
-def curves(axis, records: List[Dict]) -> None:
-    """Single-stage MISA over the heads, a curve a block size and one with the shared head; DSA as a line."""
+def over_heads(axis, records: List[Dict]) -> None:
+    """Single-stage MISA at the longest context, a curve a block size and one with the shared head; DSA as a line."""
+    longest = max(r["context"] for r in records)
+    records = [r for r in records if r["context"] == longest]
     blocks = sorted({r["block_size"] for r in records if r["variant"] == "misa"})
     for place, block in enumerate(blocks):
         points = sorted(
-            (r["active_heads"], r["value"], r["ci95"] or 0)
+            (r["active_heads"], r["value"])
             for r in records
             if r["variant"] == "misa" and r["block_size"] == block
         )
-        heads, values, errors = zip(*points)
         color = plt.cm.viridis(place / max(1, len(blocks) - 1))
         shown = {"marker": ".", "color": color, "label": block}
         if block == 0:  # the sampled router has no blocks
             shown |= {"color": "tab:red", "label": "none: shared head"}
-        axis.errorbar(heads, values, errors, **shown)
+        axis.plot(*zip(*points), **shown)
     for r in records:
         if r["variant"] == "dsa":
             axis.axhline(r["value"], color="black", linestyle=":", label="DSA")
     axis.set_xscale("log", base=2)
     ticks = sorted({r["active_heads"] for r in records if r["variant"] == "misa"})
     axis.set_xticks(ticks, ticks)
-    axis.set(xlabel="active heads h")
-    axis.legend(title="block size B")
+    axis.set(title=f"single-stage, {longest // 1024}K tokens", xlabel="active heads h")
+    axis.legend(title="block size B", fontsize="small")
 
 
-def bars(axis, records: List[Dict]) -> None:
-    """All variants, MISA as it is by default."""
-    shown = [
-        r
-        for r in records
-        if r["variant"] != "misa"
-        or (r["active_heads"] == 8 and r["block_size"] in (0, 1024))
-    ]
-    values = [r["value"] for r in shown]
-    axis.barh([name(r) for r in shown], values, xerr=[r["ci95"] or 0 for r in shown])
-    axis.bar_label(axis.containers[-1], fmt=" {:.3f}", label_type="center")
-    axis.invert_yaxis()
+def over_length(axis, records: List[Dict], single_stage: bool) -> None:
+    """A curve a variant: single-stage MISA, or all that is re-ranked or another method."""
+    curves: Dict[Variant, List[Tuple[int, float]]] = {}
+    for r in records:
+        variant = Variant.of(r)
+        if (variant.variant == "misa") == single_stage and not variant.taken:
+            if variant.block_size in (0, BLOCK_SIZE) or variant.variant == "hisa":
+                curves.setdefault(variant, []).append((r["context"], r["value"]))
+    colors = plt.cm.tab20.colors
+    for place, (variant, points) in enumerate(sorted(curves.items())):
+        line = "--" if variant.router == "pooled" else "-"
+        shown = {"marker": ".", "linestyle": line, "label": name(variant)}
+        axis.plot(*zip(*sorted(points)), color=colors[place % len(colors)], **shown)
+    ticks = sorted({r["context"] for r in records})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{n // 1024}K" for n in ticks])
+    title = "single-stage" if single_stage else "re-ranked, other methods, controls"
+    axis.set(title=title, xlabel="tokens of a prompt")
+    axis.legend(fontsize="x-small")
 
 
 def main() -> None:
@@ -67,27 +76,17 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("image", type=Path)
     args = parser.parse_args()
-    panels: Dict[tuple, List[Dict]] = {}
-    for record in read([args.result]):
-        if record["metric"] in METRICS:
-            panel = record["context"], record["metric"]
-            panels.setdefault(panel, []).append(record)
+    results = read([args.result])
     figure, axes = plt.subplots(
-        *(len(panels), 2),
-        figsize=(12, 4 * len(panels)),
-        squeeze=False,
-        layout="constrained",
+        len(METRICS), 3, figsize=(20, 7 * len(METRICS)), layout="constrained"
     )
-    order = sorted(panels, key=lambda panel: (panel[0], list(METRICS).index(panel[1])))
-    for (left, right), (context, metric) in zip(axes, order):
-        records = panels[context, metric]
-        title = f"{metric.replace('_', ' ')}, prompts of {context // 1024}K tokens"
-        curves(left, records)
-        bars(right, records)
-        left.set(title=title, ylabel=f"share {METRICS[metric]}")
-        right.set(title="at h = 8, B = 1024", xlabel=f"share {METRICS[metric]}")
-        right.set(xlim=(0, 1.02))
-    figure.savefig(args.image, dpi=120)
+    for (heads, single, other), (metric, what) in zip(axes, METRICS.items()):
+        records = [r for r in results if r["metric"] == metric]
+        over_heads(heads, records)
+        over_length(single, records, single_stage=True)
+        over_length(other, records, single_stage=False)
+        heads.set(ylabel=f"{metric.replace('_', ' ')}: share {what}")
+    figure.savefig(args.image, dpi=80)
 
 
 if __name__ == "__main__":

@@ -373,12 +373,14 @@ def test_outcomes():
     assert report.failures([wrong, dropped, failed, make_record()]) == [wrong, failed]
 
 
-def test_records_replace_those_of_the_same_keys(tmp_path):
+def test_records_replace_those_of_the_same(tmp_path):
     path = tmp_path / "out.json"
     report.write([make_record(), make_record("rare")], path)
     report.write([make_record("rare", ms=3.0)], path)
     read = json.loads(path.read_text())
     assert [(r["keys"], r["ms"]["total"]) for r in read] == [("gaussian", 1), ("rare", 3)]  # fmt: skip
+    report.write([make_record() | {"active_heads": 4}], path)
+    assert [r["active_heads"] for r in json.loads(path.read_text())] == [8, 8, 4]
 
 
 def test_the_worst_keys():
