@@ -22,7 +22,7 @@ import torch
 from indexer import report, timing
 from indexer.cases import CASES, select
 from indexer.data import KEYS, USUAL
-from indexer.run import TOPK, VARIANTS, print_profile, run_case
+from indexer.run import TOPK, VARIANTS, profile_case, run_case
 from indexer.text import Text
 
 
@@ -49,7 +49,11 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="5 rounds, fewer rows checked")
     add("--list", action="store_true", help="name the cases and stop")
-    add("--profile", metavar="CASE", help="print the kernels of one call and stop")
+    add(
+        "--profile",
+        metavar="GLOB",
+        help="print the kernels of one call of these cases and stop; --output keeps them",
+    )
     add(
         "--output",
         type=Path,
@@ -131,17 +135,21 @@ def main() -> None:
     if "text" in args.keys:
         rows = max(case.rows_per_seq for case in args.cases_chosen)
         text = Text.capture(rows, args.text)
-    if args.profile:
-        for case in args.cases_chosen:
-            for keys in args.keys:
-                print_profile(case, keys, args, text)
-                free_memory()
-        return
-
     device = describe_device()
     free_memory()
     print(f"{device['device']}, copies at {device['copy_gbps']:.0f} GB/s")
     print(", ".join(f"{k} {v}" for k, v in device["versions"].items()))
+    if args.profile:
+        device["fp8_tflops"] = round(timing.fp8_tflops(), 1)
+        print(f"FP8 matrix products at {device['fp8_tflops']:.0f} TFLOPS")
+        for case in args.cases_chosen:
+            for keys in args.keys:
+                records = profile_case(case, keys, args, device, text)
+                if args.output:
+                    report.write(records, args.output)
+                free_memory()
+        return
+
     output = args.output
     if output is None and len(sys.argv) == 1:
         output = report.default_output(device["device"])

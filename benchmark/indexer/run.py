@@ -5,7 +5,7 @@ import traceback
 
 import torch
 
-from . import misa, production, report, timing, work
+from . import misa, production, profile, report, timing, work
 from .cases import Case
 from .check import Sample, all_right, check_ours, check_production, outcome
 from .data import layer_bytes, layers_needed, make_layers, make_step
@@ -226,12 +226,16 @@ def run_case(case: Case, keys: str, args, device: dict, text=None) -> list:
     return records
 
 
-def print_profile(case: Case, keys: str, args, text=None) -> None:
-    """Kernels of one call of every variant, on one layer."""
+def profile_case(case: Case, keys: str, args, device: dict, text=None) -> list:
+    """Print the kernels of one call of every variant, on one layer -> a record of each call."""
     layers = make_layers(case, keys, 1, args.seed, text)
     step = make_step(case, layers)
+    records = []
     for name in args.variants:
-        print(f"\n{case.name} {name}, {keys} keys")
         kernels = timing.profile(make_variant(name, step, layers, args).total)
-        for kernel, count, microseconds in kernels:
-            print(f"  {microseconds:10.1f} us  {count:3} x  {kernel[:120]}")
+        call = profile.Call(case, topk=TOPK, **settings(name, case.heads, args))
+        found = profile.describe(kernels, call, device)
+        print(f"\n{case.name} {name}, {keys} keys\n{profile.HEADER}")
+        print(*map(profile.line, found), sep="\n", flush=True)
+        records.append(describe(case, keys, name, args, device) | {"kernels": found})
+    return records

@@ -119,6 +119,22 @@ def copy_gbps(size: int = 2**31, copies: int = 10) -> float:
     return 2 * size / milliseconds / 1e6
 
 
+def fp8_tflops(size: int = 8192, products: int = 10) -> float:
+    """Floating-point operations a second of a matrix product of random FP8 numbers, in TFLOPS."""
+    a, b = (
+        torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2)
+    )
+    one = torch.ones((), device="cuda")
+    multiply = Eager(
+        lambda i: torch._scaled_mm(
+            a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+        ),
+        1,
+    )
+    milliseconds = measure({"multiply": multiply}, products)["multiply"].median
+    return 2 * size**3 / milliseconds / 1e9
+
+
 def profile(call) -> list:
     """Kernels of one call -> [(name, launches, microseconds)], longest first."""
     call(0)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import bench_indexer
 import pytest
 import torch
-from indexer import report, run, timing, work
+from indexer import profile, report, run, timing, work
 from indexer.cases import CASES, Case
 from indexer.check import (
     Sample,
@@ -425,3 +425,59 @@ def test_all_cases_are_run_on_all_keys_and_written_one_by_one(monkeypatch, tmp_p
     expected = [(case.name, k, "a text") for case in CASES[:2] for k in ("few", "text")]
     assert calls == expected
     assert records == [part for results in written for part in results]
+
+
+def work_of(kernel, case=PREFILL, router="sampled", candidates=0):
+    return profile.work_of(kernel, profile.Call(case, router, 4, BLOCK, candidates, 64))
+
+
+def test_what_a_kernel_has_to_do():
+    """Two sequences of 700 and 300 tokens with six rows each, 32 heads of which 4 slots score."""
+    rows, seen, keys = 12, 6 * 700 - 15 + 6 * 300 - 15, 1000 * 132
+    slots = rows * 4 * 132
+    assert work_of("score_planes_4_kernel") == (
+        2 * 128 * 4 * seen,
+        slots + keys + seen // 4,
+    )
+    # Of so short contexts one token in 8 is a sample.
+    samples = slots + keys // 8 + seen // 8 * 4
+    assert work_of("score_samples_4_kernel") == (2 * 128 * 4 * (seen // 8), samples)
+    assert work_of("threshold_kernel") == (0, seen // 8 * 4)
+    assert work_of("sample_kernel") == (0, 2 * (keys // 8))
+    assert work_of("select_4_3072_kernel") == (0, seen // 4 + rows * 64 * 4)
+    # The samples that the last row of a sequence looks at serve the others too.
+    counts = [len(reference.sample_positions(n)) for n in work.lengths(PREFILL)]
+    assert counts[5] == 175 and counts[11] == 150
+    queries = rows * 32 * 132
+    assert work_of("route_sampled_32_kernel") == (
+        2 * 128 * 32 * sum(counts),
+        queries + (175 + 150) * 132 + rows * (3 * 4 + 132),
+    )
+    assert work_of("rerank_32_4096_1_kernel", candidates=128) == (
+        2 * 128 * 32 * rows * 128,
+        queries + rows * 128 * 136 + rows * 64 * 4,
+    )
+    # The first stage writes the candidates.
+    assert work_of("select_4_3072_kernel", candidates=128)[1] == seen // 4 + rows * 512
+    logits = 2 * 128 * 32 * seen, queries + keys + 4 * seen
+    assert work_of("void deep_gemm::sm90_fp8_mqa_logits<...>(...)") == logits
+    assert work_of("fast_topk_transform") == (0, 4 * seen + rows * 64 * 4)
+    # 10 and 4 complete pages are 5 and 2 blocks of 128 tokens.
+    pooled = work_of("route_32_kernel", router="pooled")
+    assert pooled[1] == queries + (5 + 2) * 256 + rows * 4 * 4
+    assert work_of("vectorized_elementwise_kernel") is None
+
+
+def test_a_profile():
+    device = {"copy_gbps": 1000.0, "fp8_tflops": 1.0}
+    call = profile.Call(DECODE, "sampled", 4, 0, 0, 64)
+    kernels = [("decode_score_8_4_kernel", 1, 50.0), ("fill", 2, 3.0)]
+    known, unknown = profile.describe(kernels, call, device)
+    assert known["operations"] == 2 * 128 * 4 * 1040
+    assert known["bytes"] == 3 * 4 * 132 + 1040 * 132 + 4 * 1040
+    at_rates = known["us_at_rates"]
+    assert at_rates["bytes"] == pytest.approx(known["bytes"] / 1e6)
+    assert at_rates["operations"] == pytest.approx(known["operations"] / 1e6)
+    # 1.06 of 50 us.
+    assert profile.line(known).split()[4:6] == ["1.1", "2%"]
+    assert unknown["us_at_rates"] is None and "-  fill" in profile.line(unknown)

@@ -33,9 +33,15 @@ from sgl_kernel_misa.tensors import (
 # Rows are taken in chunks, so that the workspace does not grow with the batch. A constant: nothing may depend on how much
 # memory happens to be free.
 WORKSPACE_BYTES = 160 << 20
-# One token in 16 is sampled, of short contexts one in 8: there the candidates that closer thresholds spare `select` are
-# more than the samples cost.
 SAMPLE_SHIFT, SHORT_SAMPLE_SHIFT, SHORT_CONTEXT = 4, 3, 16 << 10
+
+
+def sample_shift(context: int) -> int:
+    """How many tokens one sampled key stands for, as a power of two: 16, or 8 in short contexts.
+
+    There the candidates that closer thresholds spare `select` are more than the samples cost.
+    """
+    return SHORT_SAMPLE_SHIFT if context <= SHORT_CONTEXT else SAMPLE_SHIFT
 
 
 @operation()
@@ -231,7 +237,7 @@ def _chain(
     spans = max(1, -(-context // SPAN))
     words = spans * SPAN // 32
     tile_rows = rows_per_tile(scoring)
-    shift = SHORT_SAMPLE_SHIFT if context <= SHORT_CONTEXT else SAMPLE_SHIFT
+    shift = sample_shift(context)
     sample_pages = max(1, -(-context // (PAGE_SIZE << shift)))
     width = sample_pages * PAGE_SIZE
 

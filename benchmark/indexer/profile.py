@@ -1,0 +1,188 @@
+"""Where the time of a call goes: its kernels beside what they move and multiply, and what that would take at the device's rates."""
+
+import re
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+from sgl_kernel_misa.prefill import sample_shift
+
+from sglang.srt.layers.misa.index_k_cache import HEAD_DIM, PAGE_SIZE
+from sglang.srt.layers.misa.reference import sample_positions
+
+from .cases import Case
+from .work import MEAN_BYTES, TOKEN_BYTES, lengths
+
+SCORE_BYTES = INDEX_BYTES = 4
+
+
+class Work(NamedTuple):
+    """Floating-point operations of dot products, two a multiplication and addition, and bytes read and written."""
+
+    operations: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a variant, and how much there is of what its kernels go through."""
+
+    case: Case
+    router: str | None
+    active_heads: int
+    block_size: int
+    rerank_candidates: int
+    topk: int
+
+    @property
+    def rows(self) -> int:
+        return self.case.rows
+
+    @property
+    def keys(self) -> int:
+        """Bytes of all keys and their scales, once."""
+        return sum(self.case.contexts) * TOKEN_BYTES
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the rows see, added up."""
+        return sum(lengths(self.case))
+
+    def queries(self, heads: int) -> int:
+        """Bytes of so many queries of every row, with their gates."""
+        return self.rows * heads * TOKEN_BYTES
+
+    def products(self, heads: int, tokens: int) -> int:
+        """Operations to multiply so many heads with tokens."""
+        return 2 * HEAD_DIM * heads * tokens
+
+    @property
+    def kept(self) -> int:
+        """Bytes of what the first stage selects."""
+        return self.rows * (self.rerank_candidates or self.topk) * INDEX_BYTES
+
+    # Each kernel's work. What a kernel reads again, from L2, counts once.
+
+    def route_sampled(self) -> Work:
+        samples = [len(sample_positions(n)) for n in lengths(self.case)]
+        per_sequence = samples[self.case.rows_per_seq - 1 :: self.case.rows_per_seq]
+        routed = self.rows * (self.active_heads - 1) * INDEX_BYTES
+        moved = self.queries(self.case.heads) + sum(per_sequence) * TOKEN_BYTES
+        moved += routed + self.queries(1)
+        return Work(self.products(self.case.heads, sum(samples)), moved)
+
+    def route_pooled(self) -> Work:
+        blocks = [-(-(n // PAGE_SIZE * PAGE_SIZE) // self.block_size) for n in lengths(self.case)]  # fmt: skip
+        per_sequence = blocks[self.case.rows_per_seq - 1 :: self.case.rows_per_seq]
+        moved = self.queries(self.case.heads) + sum(per_sequence) * MEAN_BYTES
+        moved += self.rows * self.active_heads * INDEX_BYTES
+        return Work(self.products(self.case.heads, sum(blocks)), moved)
+
+    def page_means(self) -> int:
+        return sum(self.case.contexts) // PAGE_SIZE * MEAN_BYTES
+
+    def sampled(self, count: int) -> int:
+        """How many of so many tokens or bytes a prefill's thresholds are made of."""
+        return count >> sample_shift(self.case.context)
+
+    def score_samples(self) -> Work:
+        seen = self.sampled(self.seen)
+        moved = self.queries(self.active_heads) + self.sampled(self.keys)
+        moved += seen * SCORE_BYTES
+        return Work(self.products(self.active_heads, seen), moved)
+
+    def score(self, written: int) -> Work:
+        """All tokens by the slots of every row."""
+        moved = self.queries(self.active_heads) + self.keys + written
+        return Work(self.products(self.active_heads, self.seen), moved)
+
+    def planes(self) -> int:
+        """Bytes of two bits a token and row."""
+        return self.seen // 4
+
+    def scores(self) -> int:
+        return self.seen * SCORE_BYTES
+
+    def rerank(self) -> Work:
+        heads = self.case.heads
+        candidates = sum(min(self.rerank_candidates, n) for n in lengths(self.case))
+        moved = self.queries(heads) + candidates * (TOKEN_BYTES + INDEX_BYTES)
+        moved += self.rows * self.topk * INDEX_BYTES
+        return Work(self.products(heads, candidates), moved)
+
+    def logits(self) -> Work:
+        """SGLang's own, of all heads."""
+        moved = self.queries(self.case.heads) + self.keys + self.scores()
+        return Work(self.products(self.case.heads, self.seen), moved)
+
+
+# By what a kernel's name begins with, or holds where it is SGLang's. The first that fits counts. The keys of `select`'s candidates,
+# some hundreds a row as the data will have it, are not among its bytes.
+KERNELS: dict[str, Callable[[Call], Work]] = {
+    r"^route_sampled": Call.route_sampled,
+    r"^route_\d": Call.route_pooled,
+    r"^decode_route": lambda c: c.route_pooled()._replace(
+        bytes=c.queries(c.case.heads) + c.page_means()
+    ),
+    r"^pool_blocks": lambda c: Work(0, c.page_means()),
+    r"^sample_": lambda c: Work(0, 2 * c.sampled(c.keys)),
+    r"^score_samples": Call.score_samples,
+    r"^threshold": lambda c: Work(0, c.sampled(c.seen) * SCORE_BYTES),
+    r"^score_planes": lambda c: c.score(written=c.planes()),
+    r"^select_": lambda c: Work(0, c.planes() + c.kept),
+    r"^rerank": Call.rerank,
+    r"^decode_score": lambda c: c.score(written=c.scores()),
+    r"^decode_select": lambda c: Work(0, c.scores() + c.kept),
+    r"mqa_logits": Call.logits,
+    r"(?i)topk|top_k": lambda c: Work(0, c.scores() + c.rows * c.topk * INDEX_BYTES),
+}
+
+
+def work_of(kernel: str, call: Call) -> Work | None:
+    """What a kernel of a call has to do; None where that is not known."""
+    for pattern, work in KERNELS.items():
+        if re.search(pattern, kernel):
+            return work(call)
+    return None
+
+
+def describe(kernels: list, call: Call, device: dict) -> list:
+    """A record of each kernel.
+
+    Args:
+        kernels: of `timing.profile`.
+        device: `copy_gbps` and `fp8_tflops` among what is said of it.
+    """
+    records = []
+    for name, count, microseconds in kernels:
+        work, at_rates = work_of(name, call), None
+        if work is not None:
+            at_rates = {
+                "bytes": work.bytes / device["copy_gbps"] / 1e3,
+                "operations": work.operations / device["fp8_tflops"] / 1e6,
+            }
+        records.append(
+            {
+                "kernel": name,
+                "launches": count,
+                "us": microseconds,
+                "operations": work and work.operations,
+                "bytes": work and work.bytes,
+                "us_at_rates": at_rates,
+            }
+        )
+    return records
+
+
+HEADER = f"  {'us':>10} {'launches':>8} {'GFLOP':>9} {'MB':>9} {'us at rates':>12} {'of time':>8}  kernel"
+
+
+def line(record: dict) -> str:
+    """A row of the table: the time that the larger of the two rates allows, and its share of what the kernel takes."""
+    shown = f"  {record['us']:10.1f} {record['launches']:8}"
+    if record["us_at_rates"] is None:
+        shown += f" {'-':>9} {'-':>9} {'-':>12} {'-':>8}"
+    else:
+        bound = max(record["us_at_rates"].values())
+        shown += f" {record['operations'] / 1e9:9.2f} {record['bytes'] / 1e6:9.1f}"
+        shown += f" {bound:12.1f} {bound / record['us']:8.0%}"
+    return f"{shown}  {record['kernel'][:100]}"
