@@ -126,18 +126,6 @@ class Misa:
         step, layer = self.step, self.layers[i]
         topk, output = self.first_stage()
         query = (layer.q, layer.weights)
-        if self.prefill and self.router == "sampled":
-            rows = (step.page_table, step.cu_rows, step.lengths)
-            *_, selected = self.ops.route_sampled_topk_prefill(
-                *query,
-                layer.index_k,
-                *rows,
-                self.active_heads,
-                topk,
-                max_context=step.case.context,
-                **output,
-            )
-            return selected
         if self.prefill or self.router is None:
             return self.score_select(i, self.route(i))
         rows = (step.page_table, step.case.rows_per_seq, step.lengths)
@@ -159,7 +147,18 @@ class Misa:
         return selected
 
     def total(self, i: int) -> torch.Tensor:
-        """The indices or cache slots of layer i -> int32 [T, topk]."""
+        """The indices or cache slots of layer i -> int32 [T, topk]; in a prefill of the sampled router by one operation."""
+        if self.prefill and self.router == "sampled":
+            step, layer = self.step, self.layers[i]
+            *_, selected = self.ops.route_sampled_topk_prefill(
+                *(layer.q, layer.weights, layer.index_k),
+                *(step.page_table, step.cu_rows, step.lengths),
+                *(self.active_heads, self.topk),
+                rerank_candidates=self.candidates,
+                max_context=step.case.context,
+                **self.output,
+            )
+            return selected
         selected = self.route_score_select(i)
         return self.rerank(i, selected) if self.candidates else selected
 

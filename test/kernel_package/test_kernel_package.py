@@ -72,6 +72,7 @@ PARAMETERS = {
 }
 NUMBERS = dict(active_heads=8, block_size=1024, topk=2048, rows_per_seq=4)
 OPTIONS = (
+    "rerank_candidates",
     "max_context",
     "shared_q",
     "shared_scale",
@@ -109,7 +110,7 @@ SCHEMAS = {
     "route_sampled_topk_decode": "(Tensor q, Tensor weights, Tensor index_k, Tensor page_table, int rows_per_seq, "
     f"Tensor lengths, int active_heads, int topk, *, {OPTIONS_OF_A_SELECTION}) -> (Tensor, Tensor, Tensor, Tensor)",
     "route_sampled_topk_prefill": "(Tensor q, Tensor weights, Tensor index_k, Tensor page_table, Tensor cu_rows, "
-    "Tensor lengths, int active_heads, int topk, *, int? max_context=None, "
+    "Tensor lengths, int active_heads, int topk, *, int rerank_candidates=0, int? max_context=None, "
     f"{OPTIONS_OF_A_SELECTION}) -> (Tensor, Tensor, Tensor, Tensor)",
     "route_topk_decode": "(Tensor q, Tensor weights, Tensor pooled_keys, Tensor index_k, Tensor page_table, "
     "int rows_per_seq, Tensor lengths, int active_heads, int block_size, int topk, *, "
@@ -350,9 +351,10 @@ H100, H20 = 132, 78  # their SMs
 def launches(monkeypatch):
     """Launches that are checked against the library's manifest instead of carried out: op, changes -> launches."""
     kernels = library._manifest()["sm90a"]["kernels"]
-    found = []
+    found, chains = [], []
 
     def launch_chain(chain, *tensors):
+        chains.append(chain)
         given = dict(zip(chain.tensors, tensors, strict=True))
         places = {**{name: name for name in given}}
         places |= {name: tensor for name, (tensor, _) in chain.inside.items()}
@@ -374,10 +376,11 @@ def launches(monkeypatch):
     def launches_of(op, sms=H100, **changes):
         monkeypatch.setattr(devices, "_num_sms", lambda index: sms)
         found.clear()
+        chains.clear()
         call(op, "cpu", getattr(sgl_kernel_misa, op).__wrapped__, **changes)
         return list(found)
 
-    launches_of.found = found
+    launches_of.found, launches_of.chains = found, chains
     return launches_of
 
 
@@ -439,6 +442,61 @@ def test_launches_fit_the_kernels(launches, sms):
         assert names("rerank", candidates=candidates) == [f"rerank_64_{capacity}_8"]
 
 
+@pytest.mark.parametrize("candidates", [2048, 4096, 16_384])
+@pytest.mark.parametrize("rows", [1, 33, 300, 9000])
+@pytest.mark.parametrize("pages", [10, 300, 2048])
+def test_one_operation_launches_what_three_do(launches, candidates, rows, pages):
+    """Kernel by kernel with the same numbers, and with a workspace whose parts lie apart."""
+    given = dict(
+        q=torch.zeros(rows, HEADS, 128, dtype=torch.uint8).to(torch.float8_e4m3fn),
+        weights=torch.zeros(rows, HEADS),
+        lengths=torch.zeros(rows, dtype=torch.int32),
+        offsets=torch.zeros(rows, dtype=torch.int32),
+        page_table=torch.zeros(3, pages, dtype=torch.int32),
+        cu_rows=torch.zeros(4, dtype=torch.int32),
+    )
+    forced = dict(init_tokens=3, local_tokens=70)
+    written = dict(output="ragged", **forced)
+    found = launches(
+        "route_sampled_topk_prefill", rerank_candidates=candidates, **given, **written
+    )
+    (fused,) = launches.chains
+    routed = dict(
+        heads=torch.zeros(rows, 7, dtype=torch.int32),
+        shared_q=given["q"][:, 0].contiguous(),
+        shared_scale=torch.zeros(rows),
+    )
+    kept = torch.zeros(rows, candidates, dtype=torch.int32)
+    first = launches("route_sampled", **given)
+    first += launches("topk_prefill", **given, **routed, **forced, topk=candidates)
+    expected = first + launches("rerank", **given, candidates=kept, **written)
+
+    def numbers(of_launches):
+        return [
+            (name, {k: v for k, v in x.items() if not isinstance(v, torch.Tensor)})
+            for name, x in of_launches
+        ]
+
+    assert numbers(found) == numbers(expected)
+    name, last = found[-1]
+    assert name.startswith("rerank") and last["out"].shape == (rows, 2048)
+    # What `select` leaves there for `rerank` is nobody else's.
+    workspace = last["candidates"]
+    assert all(x["out"] is workspace for k, x in found if k.startswith("select"))
+    inside = fused.inside
+    selects = [step for step in fused.steps if step.kernel.startswith("select")]
+    assert {step.renamed.get("out") for step in selects} == {"candidates"}
+    owner, start = inside["candidates"]
+    assert owner == "workspace" and start % 256 == 0
+    others = {
+        at
+        for name, (tensor, at) in inside.items()
+        if name != "candidates" and tensor == owner
+    }
+    assert all(at < start or at >= start + kept.nbytes for at in others)
+    assert start + kept.nbytes <= workspace.nbytes
+
+
 @pytest.mark.parametrize("op", [op for op in OPS if op != "update_pooled_keys"])
 def test_nothing_is_launched_for_no_rows(launches, op):
     values = tensors("cpu")
@@ -457,6 +515,7 @@ def test_what_is_refused_is_not_begun(launches):
         ("route_topk_decode", dict(output="nonsense")),
         ("route_sampled_topk_prefill", dict(max_context=641)),
         ("route_sampled_topk_prefill", dict(topk=65)),
+        ("route_sampled_topk_prefill", dict(rerank_candidates=65)),
     ):
         with pytest.raises(ValueError):
             launches(op, **changes)

@@ -8,6 +8,7 @@ from hopper import (
     decode,
     needs_hopper,
     prefill,
+    rerank,
     route_sampled,
     sampled_decode,
     sampled_prefill,
@@ -121,8 +122,18 @@ def test_prefill_is_the_router_and_the_selection(num_heads, active_heads):
     options = dict(output="slots", init_tokens=3, local_tokens=70)
     *routed, out = sampled_prefill(batch, active_heads, 2048, **options)
     assert same_bits(routed, route_sampled(batch, active_heads))
-    apart = prefill(batch, routed[0], 2048, **shared_options(routed), **options)
+    shared = shared_options(routed)
+    apart = prefill(batch, routed[0], 2048, **shared, **options)
     assert torch.equal(out, apart)
+    # Re-ranked, it is the three.
+    forced = dict(init_tokens=3, local_tokens=70)
+    for count in (2048, 4096, 8192):
+        *again, out = sampled_prefill(
+            batch, active_heads, 2048, rerank_candidates=count, **options
+        )
+        assert same_bits(routed, again)
+        candidates = prefill(batch, routed[0], count, **shared, **forced)
+        assert torch.equal(out, rerank(batch, candidates, 2048, **options))
 
 
 @pytest.mark.parametrize("rows", [3, 4, 5, 6, 8])

@@ -39,19 +39,12 @@ class Sequences:
     def route(self, active_heads):
         return torch_operations.route_sampled(*self.query, *self.cache, active_heads)
 
-    def select(self, active_heads, topk, rerank_candidates=0, **forced):
-        """The operations in the order in which the indexer calls them."""
-        heads, shared_q, shared_scale = self.route(active_heads)
-        shared = {"shared_q": shared_q, "shared_scale": shared_scale}
-        scored = *self.query, heads, *self.cache
-        if not rerank_candidates:
-            return torch_operations.topk_prefill(*scored, topk, **shared, **forced)
-        candidates = torch_operations.topk_prefill(
-            *scored, rerank_candidates, **shared, **forced
+    def select(self, active_heads, topk, **options):
+        """What the indexer calls for rows of prompts."""
+        *_, selected = torch_operations.route_sampled_topk_prefill(
+            *self.query, *self.cache, active_heads, topk, **options
         )
-        return torch_operations.rerank(
-            *self.query, candidates, *self.cache, topk, **forced
-        )
+        return selected
 
     def expected(self, *args, **options):
         return torch.cat(

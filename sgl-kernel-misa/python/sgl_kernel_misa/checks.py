@@ -108,14 +108,19 @@ def context(value: int) -> None:
         )
 
 
+def count(name: str, value: int) -> None:
+    """Of tokens that a kernel selects."""
+    if not PAGE_SIZE <= value <= MAX_TOPK or value % PAGE_SIZE:
+        raise ValueError(
+            f"{name} must be a multiple of {PAGE_SIZE} from {PAGE_SIZE} to {MAX_TOPK}, not {value}"
+        )
+
+
 def selection(
     lengths: torch.Tensor, topk: int, output: str, offsets: Optional[torch.Tensor]
 ) -> torch.Tensor:
     """Check how a selection is to be written; returns room for it, int32 [T, topk]."""
-    if not PAGE_SIZE <= topk <= MAX_TOPK or topk % PAGE_SIZE:
-        raise ValueError(
-            f"topk must be a multiple of {PAGE_SIZE} from {PAGE_SIZE} to {MAX_TOPK}, not {topk}"
-        )
+    count("topk", topk)
     if output not in FORMS:
         known = ", ".join(FORMS)
         raise ValueError(f"output must be one of {known}, not {output}")

@@ -1,4 +1,4 @@
-"""Selection for extend batches: sample, threshold, score, select.
+"""Selection for extend batches: sample, threshold, score, select, and re-rank.
 
 The fp32 scores of rows x context are never written. A strided sample of the keys gives three thresholds a row, two of which
 bracket its k-th score; scoring leaves two bits a token; selection scores what lies between these two once more and is exact
@@ -23,7 +23,9 @@ from sgl_kernel_misa.constants import (
 from sgl_kernel_misa.device import num_sms
 from sgl_kernel_misa.library import SHAPES, Chain, Step
 from sgl_kernel_misa.registration import launching, operation
-from sgl_kernel_misa.sampled_routing import checked_slots, step
+from sgl_kernel_misa.reranking import step as reranking_step
+from sgl_kernel_misa.sampled_routing import checked_slots
+from sgl_kernel_misa.sampled_routing import step as routing_step
 from sgl_kernel_misa.tensors import (
     KEYS_AND_SCALES,
     no_offsets,
@@ -93,6 +95,7 @@ def topk_prefill(
             *slots(q, weights, heads, shared_q, shared_scale, PREFILL_SLOTS),
             *(q, weights, index_k, page_table, cu_rows, lengths, offsets, out),
             routes=False,
+            rerank_candidates=0,
             context=context,
             init_tokens=init_tokens,
             local_tokens=local_tokens,
@@ -112,6 +115,7 @@ def route_sampled_topk_prefill(
     active_heads: int,
     topk: int,
     *,
+    rerank_candidates: int = 0,
     max_context: Optional[int] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
@@ -120,8 +124,12 @@ def route_sampled_topk_prefill(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`route_sampled`, then `topk_prefill` with its heads, in less of the host's time than the two.
 
+    Args:
+        rerank_candidates: if not 0, so many tokens are selected first, as many as `topk_prefill` can select, and `rerank` selects
+            among them.
+
     Returns:
-        heads, shared_q and shared_scale as of `route_sampled`, and the selection, as of `topk_prefill`, bit for bit.
+        heads, shared_q and shared_scale as of `route_sampled`, and the selection, as of `topk_prefill` or `rerank`, bit for bit.
 
     Raises:
         ValueError: a dtype, a shape or a number is wrong.
@@ -130,12 +138,15 @@ def route_sampled_topk_prefill(
     checks.sequences(page_table, cu_rows)
     routed = checked_slots(q, weights, lengths, active_heads)
     context = _checked_context(page_table, max_context)
+    if rerank_candidates:
+        checks.count("rerank_candidates", rerank_candidates)
     out = checks.selection(lengths, topk, output, offsets)
     if launching(q):
         _launch(
             *slots(q, weights, *routed, PREFILL_SLOTS),
             *(q, weights, index_k, page_table, cu_rows, lengths, offsets, out),
             routes=True,
+            rerank_candidates=rerank_candidates,
             context=context,
             init_tokens=init_tokens,
             local_tokens=local_tokens,
@@ -220,6 +231,7 @@ def _chain(
     sms: int,
     *,
     routes: bool,
+    rerank_candidates: int,
     rows: int,
     batch: int,
     context: int,
@@ -253,7 +265,10 @@ def _chain(
     split_pages = -(-spans // max(1, 2 * sms // chunk)) * span_pages
     split_sample_pages = -(-sample_pages // max(1, sms // chunk))
     small, large = SELECT_CAPACITIES
-    capacity = small if topk <= 8192 else large
+    # What the kernels up to `select` keep of a row, and where.
+    kept = rerank_candidates or topk
+    selected = {"out": "candidates"} if rerank_candidates else {}
+    capacity = small if kept <= 8192 else large
 
     table = dict(rows=rows, batch=batch, table_stride=table_stride)
     scored = dict(
@@ -261,7 +276,7 @@ def _chain(
         shared=shared,
         num_heads=num_heads,
         active_heads=active_heads,
-        topk=topk,
+        topk=kept,
     )
     forced = dict(init_tokens=init_tokens, local_tokens=local_tokens)
 
@@ -289,11 +304,11 @@ def _chain(
             batch=batch,
             first_tile=first,
             tile_rows=tile_rows,
-            topk=topk,
+            topk=kept,
             sample_shift=shift,
             room=capacity >> shift,
             # Too many above the high threshold all become candidates: little is lost while they fit.
-            deviations=2 if topk + topk // 4 <= capacity else 3,
+            deviations=2 if kept + kept // 4 <= capacity else 3,
             rows=rows,
             bounds=batch + 1,
             slots=count * tile_rows,
@@ -315,7 +330,7 @@ def _chain(
             max_pages=max_pages,
             first_tile=first,
             tile_rows=tile_rows,
-            form=form,
+            form=FORMS["positions"] if rerank_candidates else form,
             slots=count * tile_rows,
             width=words,
         )
@@ -327,7 +342,7 @@ def _chain(
             ),
             Step("threshold", threshold, {"samples": "sampled", "out": "thresholds"}),
             Step(f"score_planes_{scoring}", score_planes, {"out": "planes"}),
-            Step(f"select_{scoring}_{capacity}", select),
+            Step(f"select_{scoring}_{capacity}", select, selected),
         ]
 
     sample = dict(
@@ -339,7 +354,7 @@ def _chain(
     )
     steps = [Step("sample", sample, {"out": "samples"})]
     if routes:
-        router = step(
+        router = routing_step(
             num_heads,
             sms,
             **table,
@@ -352,12 +367,26 @@ def _chain(
         steps.insert(0, router._replace(renamed={"heads": "active"}))
     for first in range(0, tiles, chunk):
         steps += part(first)
+    if rerank_candidates:
+        reranking = reranking_step(
+            num_heads,
+            **table,
+            **forced,
+            pages=pages,
+            max_pages=max_pages,
+            num_candidates=rerank_candidates,
+            topk=topk,
+            form=form,
+        )
+        steps.append(reranking)
     sizes = dict(
         samples=batch * sample_pages * PAGE_BYTES,
         sampled=row_slots * width * 4,
         thresholds=row_slots * 3 * 4,
         planes=row_slots * 2 * words * 4,
     )
+    if rerank_candidates:
+        sizes["candidates"] = rows * rerank_candidates * 4
     if routes:
         sizes["dealt"] = 4  # cleared by the router; no kernel of a prefill reads it
     workspace, size = _laid_out(**sizes)

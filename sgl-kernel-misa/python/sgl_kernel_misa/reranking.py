@@ -86,7 +86,11 @@ def rerank(
 
 @functools.lru_cache(maxsize=SHAPES)
 def _chain(num_heads: int, **numbers: int) -> Chain:
+    return Chain(TENSORS, step(num_heads, **numbers), inside=KEYS_AND_SCALES)
+
+
+def step(num_heads: int, **numbers: int) -> Step:
+    """The launch, of "candidates", for a batch's shapes: `numbers` are the kernel's."""
     capacity = next(x for x in RERANK_CAPACITIES if x >= numbers["num_candidates"])
     ranks = max(RERANK_RANKS) if numbers["rows"] <= FEW_ROWS else min(RERANK_RANKS)
-    step = Step(f"rerank_{num_heads}_{capacity}_{ranks}", numbers)
-    return Chain(TENSORS, step, inside=KEYS_AND_SCALES)
+    return Step(f"rerank_{num_heads}_{capacity}_{ranks}", numbers)

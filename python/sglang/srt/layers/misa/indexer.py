@@ -82,6 +82,10 @@ class MisaIndexer:
         }
         if not config.rerank_candidates:
             return self._routed(**tensors, topk=self.topk, **form)
+        if batch.bounds is not None and not config.pools_keys:
+            # One operation does all of it.
+            form["rerank_candidates"] = config.rerank_candidates
+            return self._routed(**tensors, topk=self.topk, **form)
         selection = self._routed(**tensors, topk=config.rerank_candidates)
         # Candidates are gathered row by row: there is nothing to share.
         page_table, cu_rows = batch.by_row or (batch.page_table, batch.cu_rows)

@@ -23,7 +23,7 @@ lower position, and NaN ranks below every number. All raise ValueError for a ten
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 
@@ -269,33 +269,41 @@ def route_sampled_topk_prefill(
     active_heads: int,
     topk: int,
     *,
+    rerank_candidates: int = 0,
     max_context: Optional[int] = None,
     init_tokens: int = 0,
     local_tokens: int = 0,
     output: str = "positions",
     offsets: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`route_sampled`, then `topk_prefill` with its heads -> heads, shared_q, shared_scale, selection."""
+    """`route_sampled`, then `topk_prefill` with its heads -> heads, shared_q, shared_scale, selection.
+
+    Args:
+        rerank_candidates: if not 0, so many tokens are selected first, and `rerank` selects among them.
+    """
+    form: Dict[str, Any] = {"output": output, "offsets": offsets}
+    forced = {"init_tokens": init_tokens, "local_tokens": local_tokens}
+    sequences = page_table, cu_rows, lengths
     heads, shared_q, shared_scale = route_sampled(
-        q, weights, index_k, page_table, cu_rows, lengths, active_heads
+        q, weights, index_k, *sequences, active_heads
     )
     selected = topk_prefill(
         q,
         weights,
         heads,
         index_k,
-        page_table,
-        cu_rows,
-        lengths,
-        topk,
+        *sequences,
+        rerank_candidates or topk,
         max_context=max_context,
         shared_q=shared_q,
         shared_scale=shared_scale,
-        init_tokens=init_tokens,
-        local_tokens=local_tokens,
-        output=output,
-        offsets=offsets,
+        **forced,
+        **({} if rerank_candidates else form),
     )
+    if rerank_candidates:
+        selected = rerank(
+            q, weights, selected, index_k, *sequences, topk, **forced, **form
+        )
     return heads, shared_q, shared_scale, selected
 
 
