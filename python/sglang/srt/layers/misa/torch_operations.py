@@ -281,18 +281,19 @@ def route_sampled_topk_prefill(
     Args:
         rerank_candidates: if not 0, so many tokens are selected first, and `rerank` selects among them.
     """
-    form: Dict[str, Any] = {"output": output, "offsets": offsets}
-    forced = {"init_tokens": init_tokens, "local_tokens": local_tokens}
-    sequences = page_table, cu_rows, lengths
     heads, shared_q, shared_scale = route_sampled(
-        q, weights, index_k, *sequences, active_heads
+        q, weights, index_k, page_table, cu_rows, lengths, active_heads
     )
+    forced: Dict[str, Any] = {"init_tokens": init_tokens, "local_tokens": local_tokens}
+    form: Dict[str, Any] = {"output": output, "offsets": offsets}
     selected = topk_prefill(
         q,
         weights,
         heads,
         index_k,
-        *sequences,
+        page_table,
+        cu_rows,
+        lengths,
         rerank_candidates or topk,
         max_context=max_context,
         shared_q=shared_q,
@@ -302,7 +303,16 @@ def route_sampled_topk_prefill(
     )
     if rerank_candidates:
         selected = rerank(
-            q, weights, selected, index_k, *sequences, topk, **forced, **form
+            q,
+            weights,
+            selected,
+            index_k,
+            page_table,
+            cu_rows,
+            lengths,
+            topk,
+            **forced,
+            **form,
         )
     return heads, shared_q, shared_scale, selected
 
