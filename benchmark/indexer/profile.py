@@ -13,6 +13,7 @@ from .cases import Case
 from .work import MEAN_BYTES, TOKEN_BYTES, lengths
 
 SCORE_BYTES = INDEX_BYTES = 4
+QUERY_BYTES = HEAD_DIM + 4  # with its gate
 
 
 class Work(NamedTuple):
@@ -24,10 +25,9 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a variant, and how much there is of what its kernels go through."""
+    """One call of a variant, and how much there is of what its kernels go through; `active_heads` are slots."""
 
     case: Case
-    router: str | None
     active_heads: int
     block_size: int
     rerank_candidates: int
@@ -38,8 +38,8 @@ class Call:
         return self.case.rows
 
     @property
-    def keys(self) -> int:
-        """Bytes of all keys and their scales, once."""
+    def key_bytes(self) -> int:
+        """Of all keys and their scales, once."""
         return sum(self.case.contexts) * TOKEN_BYTES
 
     @property
@@ -47,17 +47,17 @@ class Call:
         """Tokens that the rows see, added up."""
         return sum(lengths(self.case))
 
-    def queries(self, heads: int) -> int:
-        """Bytes of so many queries of every row, with their gates."""
-        return self.rows * heads * TOKEN_BYTES
+    def query_bytes(self, heads: int) -> int:
+        """Of so many queries of every row, with their gates."""
+        return self.rows * heads * QUERY_BYTES
 
     def products(self, heads: int, tokens: int) -> int:
         """Operations to multiply so many heads with tokens."""
         return 2 * HEAD_DIM * heads * tokens
 
     @property
-    def kept(self) -> int:
-        """Bytes of what the first stage selects."""
+    def kept_bytes(self) -> int:
+        """Of what the first stage selects."""
         return self.rows * (self.rerank_candidates or self.topk) * INDEX_BYTES
 
     # Each kernel's work. What a kernel reads again, from L2, counts once.
@@ -66,18 +66,19 @@ class Call:
         samples = [len(sample_positions(n)) for n in lengths(self.case)]
         per_sequence = samples[self.case.rows_per_seq - 1 :: self.case.rows_per_seq]
         routed = self.rows * (self.active_heads - 1) * INDEX_BYTES
-        moved = self.queries(self.case.heads) + sum(per_sequence) * TOKEN_BYTES
-        moved += routed + self.queries(1)
+        moved = self.query_bytes(self.case.heads) + sum(per_sequence) * TOKEN_BYTES
+        moved += routed + self.query_bytes(1)
         return Work(self.products(self.case.heads, sum(samples)), moved)
 
     def route_pooled(self) -> Work:
         blocks = [-(-(n // PAGE_SIZE * PAGE_SIZE) // self.block_size) for n in lengths(self.case)]  # fmt: skip
         per_sequence = blocks[self.case.rows_per_seq - 1 :: self.case.rows_per_seq]
-        moved = self.queries(self.case.heads) + sum(per_sequence) * MEAN_BYTES
+        moved = self.query_bytes(self.case.heads) + sum(per_sequence) * MEAN_BYTES
         moved += self.rows * self.active_heads * INDEX_BYTES
         return Work(self.products(self.case.heads, sum(blocks)), moved)
 
-    def page_means(self) -> int:
+    def mean_bytes(self) -> int:
+        """Of all page means."""
         return sum(self.case.contexts) // PAGE_SIZE * MEAN_BYTES
 
     def sampled(self, count: int) -> int:
@@ -86,32 +87,34 @@ class Call:
 
     def score_samples(self) -> Work:
         seen = self.sampled(self.seen)
-        moved = self.queries(self.active_heads) + self.sampled(self.keys)
+        moved = self.query_bytes(self.active_heads) + self.sampled(self.key_bytes)
         moved += seen * SCORE_BYTES
         return Work(self.products(self.active_heads, seen), moved)
 
     def score(self, written: int) -> Work:
         """All tokens by the slots of every row."""
-        moved = self.queries(self.active_heads) + self.keys + written
+        moved = self.query_bytes(self.active_heads) + self.key_bytes + written
         return Work(self.products(self.active_heads, self.seen), moved)
 
-    def planes(self) -> int:
-        """Bytes of two bits a token and row."""
+    def plane_bytes(self) -> int:
+        """Of two bits a token and row."""
         return self.seen // 4
 
-    def scores(self) -> int:
+    def score_bytes(self) -> int:
+        """Of a score for each token and row."""
         return self.seen * SCORE_BYTES
 
     def rerank(self) -> Work:
         heads = self.case.heads
         candidates = sum(min(self.rerank_candidates, n) for n in lengths(self.case))
-        moved = self.queries(heads) + candidates * (TOKEN_BYTES + INDEX_BYTES)
-        moved += self.rows * self.topk * INDEX_BYTES
+        # Rows share most of their candidates' keys.
+        moved = self.query_bytes(heads) + min(candidates * TOKEN_BYTES, self.key_bytes)
+        moved += (candidates + self.rows * self.topk) * INDEX_BYTES
         return Work(self.products(heads, candidates), moved)
 
     def logits(self) -> Work:
         """SGLang's own, of all heads."""
-        moved = self.queries(self.case.heads) + self.keys + self.scores()
+        moved = self.query_bytes(self.case.heads) + self.key_bytes + self.score_bytes()
         return Work(self.products(self.case.heads, self.seen), moved)
 
 
@@ -121,19 +124,21 @@ KERNELS: dict[str, Callable[[Call], Work]] = {
     r"^route_sampled": Call.route_sampled,
     r"^route_\d": Call.route_pooled,
     r"^decode_route": lambda c: c.route_pooled()._replace(
-        bytes=c.queries(c.case.heads) + c.page_means()
+        bytes=c.query_bytes(c.case.heads) + c.mean_bytes()
     ),
-    r"^pool_blocks": lambda c: Work(0, c.page_means()),
-    r"^sample_": lambda c: Work(0, 2 * c.sampled(c.keys)),
+    r"^pool_blocks": lambda c: Work(0, c.mean_bytes()),
+    r"^sample_": lambda c: Work(0, 2 * c.sampled(c.key_bytes)),
     r"^score_samples": Call.score_samples,
     r"^threshold": lambda c: Work(0, c.sampled(c.seen) * SCORE_BYTES),
-    r"^score_planes": lambda c: c.score(written=c.planes()),
-    r"^select_": lambda c: Work(0, c.planes() + c.kept),
+    r"^score_planes": lambda c: c.score(written=c.plane_bytes()),
+    r"^select_": lambda c: Work(0, c.plane_bytes() + c.kept_bytes),
     r"^rerank": Call.rerank,
-    r"^decode_score": lambda c: c.score(written=c.scores()),
-    r"^decode_select": lambda c: Work(0, c.scores() + c.kept),
+    r"^decode_score": lambda c: c.score(written=c.score_bytes()),
+    r"^decode_select": lambda c: Work(0, c.score_bytes() + c.kept_bytes),
     r"mqa_logits": Call.logits,
-    r"(?i)topk|top_k": lambda c: Work(0, c.scores() + c.rows * c.topk * INDEX_BYTES),
+    r"(?i)topk|top_k": lambda c: Work(
+        0, c.score_bytes() + c.rows * c.topk * INDEX_BYTES
+    ),
 }
 
 

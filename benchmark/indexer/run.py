@@ -233,7 +233,9 @@ def profile_case(case: Case, keys: str, args, device: dict, text=None) -> list:
     records = []
     for name in args.variants:
         kernels = timing.profile(make_variant(name, step, layers, args).total)
-        call = profile.Call(case, topk=TOPK, **settings(name, case.heads, args))
+        numbers = settings(name, case.heads, args)
+        del numbers["router"]
+        call = profile.Call(case, topk=TOPK, **numbers)
         found = profile.describe(kernels, call, device)
         print(f"\n{case.name} {name}, {keys} keys\n{profile.HEADER}")
         print(*map(profile.line, found), sep="\n", flush=True)

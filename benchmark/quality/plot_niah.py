@@ -1,6 +1,6 @@
 """Heat maps of a needle-in-a-haystack result: python benchmark/quality/plot_niah.py niah.json niah.png
 
-There is a row for each variant that was asked at more than two lengths.
+There is a row for each variant that was asked at as many lengths as --lengths says.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 def title(variant, needles, alike) -> str:
     numbers = zip("hBm", variant[1:])
     shown = [f"{letter} = {n}" for letter, n in numbers if n]
-    name = variant.variant + ", shared head" * (variant.router == "sampled")
+    name = variant.variant + f" ({variant.router})" * bool(variant.router)
     return f"{', '.join([name, *shown])}: {needles} needle{'s' * (needles > 1)}{', alike' * alike}"
 
 
@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("image", type=Path)
+    parser.add_argument("--lengths", type=int, default=1, help="at least")
     args = parser.parse_args()
     results = [r for r in read([args.result]) if r["metric"] == "niah"]
     lengths = defaultdict(set)
@@ -34,7 +35,7 @@ def main() -> None:
         lengths[Variant.of(r)].add(r["context"])
     maps = {}
     for r in results:
-        if len(lengths[Variant.of(r)]) <= 2:
+        if len(lengths[Variant.of(r)]) < args.lengths:
             continue
         variant, cell = Variant.of(r), (r["depth"], r["context"])
         kind = r["needles"], r.get("alike", False)

@@ -36,9 +36,9 @@ def over_heads(axis, records: List[Dict]) -> None:
             if r["variant"] == "misa" and r["block_size"] == block
         )
         color = plt.cm.viridis(place / max(1, len(blocks) - 1))
-        shown = {"marker": ".", "color": color, "label": block}
+        shown = {"marker": ".", "color": color, "label": f"pooled, B = {block}"}
         if block == 0:  # the sampled router has no blocks
-            shown |= {"color": "tab:red", "label": "none: shared head"}
+            shown |= {"color": "tab:red", "label": "sampled: shared head"}
         axis.plot(*zip(*points), **shown)
     for r in records:
         if r["variant"] == "dsa":
@@ -47,7 +47,7 @@ def over_heads(axis, records: List[Dict]) -> None:
     ticks = sorted({r["active_heads"] for r in records if r["variant"] == "misa"})
     axis.set_xticks(ticks, ticks)
     axis.set(title=f"single-stage, {longest // 1024}K tokens", xlabel="active heads h")
-    axis.legend(title="block size B", fontsize="small")
+    axis.legend(title="router", fontsize="small")
 
 
 def over_length(axis, records: List[Dict], single_stage: bool) -> None:
@@ -60,9 +60,16 @@ def over_length(axis, records: List[Dict], single_stage: bool) -> None:
                 curves.setdefault(variant, []).append((r["context"], r["value"]))
     colors = plt.cm.tab20.colors
     for place, (variant, points) in enumerate(sorted(curves.items())):
-        line = "--" if variant.router == "pooled" else "-"
-        shown = {"marker": ".", "linestyle": line, "label": name(variant)}
-        axis.plot(*zip(*sorted(points)), color=colors[place % len(colors)], **shown)
+        served = (variant.router, variant.active_heads) == ("sampled", 8)
+        served = served and variant.rerank_candidates in (0, 4096)
+        shown = {
+            "marker": ".",
+            "linestyle": "--" if variant.router == "pooled" else "-",
+            "linewidth": 3 if served else 1,
+            "color": colors[place % len(colors)],
+            "label": name(variant) + ", the default" * (served and not single_stage),
+        }
+        axis.plot(*zip(*sorted(points)), **shown)
     ticks = sorted({r["context"] for r in records})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{n // 1024}K" for n in ticks])
@@ -77,15 +84,20 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     args = parser.parse_args()
     results = read([args.result])
+    # There is no attention where the cache is quantized.
+    metrics = [x for x in METRICS if any(r["metric"] == x for r in results)]
     figure, axes = plt.subplots(
-        len(METRICS), 3, figsize=(20, 7 * len(METRICS)), layout="constrained"
+        *(len(metrics), 3),
+        figsize=(20, 7 * len(metrics)),
+        squeeze=False,
+        layout="constrained",
     )
-    for (heads, single, other), (metric, what) in zip(axes, METRICS.items()):
+    for (heads, single, other), metric in zip(axes, metrics):
         records = [r for r in results if r["metric"] == metric]
         over_heads(heads, records)
         over_length(single, records, single_stage=True)
         over_length(other, records, single_stage=False)
-        heads.set(ylabel=f"{metric.replace('_', ' ')}: share {what}")
+        heads.set(ylabel=f"{metric.replace('_', ' ')}: share {METRICS[metric]}")
     figure.savefig(args.image, dpi=80)
 
 

@@ -427,8 +427,8 @@ def test_all_cases_are_run_on_all_keys_and_written_one_by_one(monkeypatch, tmp_p
     assert records == [part for results in written for part in results]
 
 
-def work_of(kernel, case=PREFILL, router="sampled", candidates=0):
-    return profile.work_of(kernel, profile.Call(case, router, 4, BLOCK, candidates, 64))
+def work_of(kernel, candidates=0):
+    return profile.work_of(kernel, profile.Call(PREFILL, 4, BLOCK, candidates, 64))
 
 
 def test_what_a_kernel_has_to_do():
@@ -455,7 +455,7 @@ def test_what_a_kernel_has_to_do():
     )
     assert work_of("rerank_32_4096_1_kernel", candidates=128) == (
         2 * 128 * 32 * rows * 128,
-        queries + rows * 128 * 136 + rows * 64 * 4,
+        queries + keys + rows * (128 + 64) * 4,
     )
     # The first stage writes the candidates.
     assert work_of("select_4_3072_kernel", candidates=128)[1] == seen // 4 + rows * 512
@@ -463,14 +463,14 @@ def test_what_a_kernel_has_to_do():
     assert work_of("void deep_gemm::sm90_fp8_mqa_logits<...>(...)") == logits
     assert work_of("fast_topk_transform") == (0, 4 * seen + rows * 64 * 4)
     # 10 and 4 complete pages are 5 and 2 blocks of 128 tokens.
-    pooled = work_of("route_32_kernel", router="pooled")
+    pooled = work_of("route_32_kernel")
     assert pooled[1] == queries + (5 + 2) * 256 + rows * 4 * 4
     assert work_of("vectorized_elementwise_kernel") is None
 
 
 def test_a_profile():
     device = {"copy_gbps": 1000.0, "fp8_tflops": 1.0}
-    call = profile.Call(DECODE, "sampled", 4, 0, 0, 64)
+    call = profile.Call(DECODE, 4, 0, 0, 64)
     kernels = [("decode_score_8_4_kernel", 1, 50.0), ("fill", 2, 3.0)]
     known, unknown = profile.describe(kernels, call, device)
     assert known["operations"] == 2 * 128 * 4 * 1040
