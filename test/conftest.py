@@ -5,8 +5,9 @@ import pytest
 import torch
 from marks import needs_gpu
 
-# The tensors are small: a second thread costs far more than it saves.
+# The tensors are small: a second thread costs far more than it saves, here and in programs that tests run.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 if not torch.cuda.is_available():
     from sglang_cpu_engine.launch import ENVIRONMENT, FORKS

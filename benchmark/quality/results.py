@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 
-from scipy.stats import sem, t
-
 
 class Variant(NamedTuple):
     """What selects; 0 where it has no such number, "" where it has no router.
@@ -40,6 +38,9 @@ def ci95(values: Sequence[float]) -> Optional[float]:
     """
     if len(values) == 1:
         return None
+    # Takes a second, which most of what imports this module has no need of.
+    from scipy.stats import sem, t
+
     return float(t.ppf(0.975, len(values) - 1) * sem(values))
 
 

@@ -11,7 +11,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
@@ -56,22 +56,25 @@ def reserved_port() -> Iterator[int]:
 
 @contextmanager
 def launch(
-    command: List[str], port: int, log: Path, env: Optional[Dict[str, str]] = None
+    command: List[str],
+    port: int,
+    log: Path,
+    env: Optional[Dict[str, str]] = None,
+    start: Callable = subprocess.Popen,
 ) -> Iterator[Client]:
     """A server that `command` starts on `port` of 127.0.0.1 and that ends with the context.
 
     Args:
         log: the file for all that it prints.
         env: its environment; that of this process by default.
+        start: starts the command, as `subprocess.Popen` does.
 
     Raises:
         StartError: it did not start.
     """
     client = Client(f"http://127.0.0.1:{port}")
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command, env=env, stdout=file, stderr=subprocess.STDOUT
-        )
+        process = start(command, env=env, stdout=file, stderr=subprocess.STDOUT)
     try:
         try:
             wait_for_http_ready(
@@ -140,7 +143,7 @@ def serve(
         command = server_command(
             model_path, "--skip-server-warmup", *ports, *args, port=port
         )
-        with launch(command, port, log, env) as client:
+        with launch(command, port, log, env, process_starter()) as client:
             yield RecordedServer(client.url, log, capture_dir)
 
 
@@ -166,6 +169,18 @@ def server_command(model_path: Path, *args: str, port: int) -> List[str]:
         *("--max-total-tokens", "65536"),
         *args,
     ]
+
+
+def process_starter() -> Callable:
+    """What starts the process of `serve`: for tests, the CPU engine forks it from one that has imported SGLang."""
+    if not torch.cuda.is_available():
+        from sglang_cpu_engine.launch import FORKS
+
+        if FORKS.items() <= os.environ.items():
+            from sglang_cpu_engine.forked import start
+
+            return start
+    return subprocess.Popen
 
 
 def server_env() -> Dict[str, str]:

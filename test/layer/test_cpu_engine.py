@@ -54,3 +54,29 @@ def test_rotation():
     assert x.shape[:2].numel() > quantization.ROTATED_AT_ONCE
     found = quantization.rotate_activation(x)
     torch.testing.assert_close(found, x @ matrix * 128**-0.5)
+
+
+@pytest.mark.parametrize(
+    "changes, forks",
+    [
+        ({}, True),
+        ({"SGLANG_MISA_CAPTURE_DIR": "folder"}, True),
+        ({"SGLANG_MISA_CAPTURE_DIR": "folder", "SGLANG_PLUGINS": "misa"}, False),
+        ({"SGLANG_CPU_ENGINE_FORKS": "0"}, False),
+    ],
+)
+def test_servers_that_are_forked(changes, forks, monkeypatch, tmp_path):
+    """Those whose environment is that in which SGLang was imported, but for what is read later."""
+    from sglang_cpu_engine import forked
+
+    here, elsewhere = object(), object()
+    monkeypatch.setattr(forked, "Forked", lambda *_: here)
+    monkeypatch.setattr(forked.subprocess, "Popen", lambda *_, **__: elsewhere)
+    with (tmp_path / "log").open("w") as log:
+        started = forked.start(
+            ["python"],
+            env={**forked._environment(), **changes},
+            stdout=log,
+            stderr=forked.subprocess.STDOUT,
+        )
+    assert started is (here if forks else elsewhere)

@@ -21,7 +21,8 @@ ENVIRONMENT = {
     # Threads that spin while they wait slow a busy machine down by an order of magnitude.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-# For tests, which start many servers: their processes are forked, so that SGLang is imported once for each server, not three times.
+# For tests, which start many servers: their processes are forked, so that SGLang is not imported in each of them. Servers of the
+# same environment are forked too (`sglang_cpu_engine.forked`), and then it is imported once for all of them.
 FORKS = {"SGLANG_CPU_ENGINE_FORKS": "1"}
 # As on a GPU: they are spawned, and each loads SGLang and the plugins for itself.
 SPAWNS = {"SGLANG_CPU_ENGINE_FORKS": "0"}
@@ -39,6 +40,8 @@ FLAGS = [
     "--cuda-graph-backend-decode", "disabled",
     "--cuda-graph-backend-prefill", "disabled",
     "--mem-fraction-static", "0.3",
+    # SGLang sets aside, and zeroes, 4 bytes for each token that each request could have: 1.3 GB for the 2048 of its default.
+    "--max-running-requests", "64",
     "--sampling-backend", "pytorch",
     "--grammar-backend", "none",
     # The cores are few, and an idle scheduler would keep one busy.
