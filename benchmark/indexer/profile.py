@@ -62,20 +62,22 @@ class Call:
 
     # Each kernel's work. What a kernel reads again, from L2, counts once.
 
+    def route(self, looked_at: list[int], size: int, written: int) -> Work:
+        """All heads of a row with so many samples or blocks of `size` bytes; the last row's of a sequence serve the others too."""
+        heads, each = self.case.heads, self.case.rows_per_seq
+        moved = self.query_bytes(heads) + sum(looked_at[each - 1 :: each]) * size
+        return Work(self.products(heads, sum(looked_at)), moved + written)
+
     def route_sampled(self) -> Work:
         samples = [len(sample_positions(n)) for n in lengths(self.case)]
-        per_sequence = samples[self.case.rows_per_seq - 1 :: self.case.rows_per_seq]
         routed = self.rows * (self.active_heads - 1) * INDEX_BYTES
-        moved = self.query_bytes(self.case.heads) + sum(per_sequence) * TOKEN_BYTES
-        moved += routed + self.query_bytes(1)
-        return Work(self.products(self.case.heads, sum(samples)), moved)
+        return self.route(samples, TOKEN_BYTES, routed + self.query_bytes(1))
 
     def route_pooled(self) -> Work:
-        blocks = [-(-(n // PAGE_SIZE * PAGE_SIZE) // self.block_size) for n in lengths(self.case)]  # fmt: skip
-        per_sequence = blocks[self.case.rows_per_seq - 1 :: self.case.rows_per_seq]
-        moved = self.query_bytes(self.case.heads) + sum(per_sequence) * MEAN_BYTES
-        moved += self.rows * self.active_heads * INDEX_BYTES
-        return Work(self.products(self.case.heads, sum(blocks)), moved)
+        pages = [n // PAGE_SIZE for n in lengths(self.case)]
+        blocks = [-(-n * PAGE_SIZE // self.block_size) for n in pages]
+        routed = self.rows * self.active_heads * INDEX_BYTES
+        return self.route(blocks, MEAN_BYTES, routed)
 
     def mean_bytes(self) -> int:
         """Of all page means."""
