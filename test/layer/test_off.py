@@ -52,8 +52,9 @@ def test_arguments_of_a_program(cases, other):
 
 
 VOLATILE = {
-    # Names of this run, and measurements.
-    *("random_seed", "port", "nccl_port", "internal_states", "startup_time"),
+    # Names of this run, and measurements. The command has the ports in it.
+    *("random_seed", "port", "nccl_port", "launch_command"),
+    *("internal_states", "startup_time"),
 }
 
 LAYERS, TOPK = 2, 256

@@ -191,7 +191,7 @@ def test_training_runs(tmp_path):
     (tmp_path / "train.txt").write_bytes(text)
     (tmp_path / "corpus.json").write_text("{}")
     command = [sys.executable, SCRIPTS / "train_mini_dsa.py"]
-    options = "--steps 40 --layers 2 --index-topk 64 --longest 512 --batch-bytes 1024 --workers 0 --no-compile"
+    options = "--steps 20 2 2 2 2 2 --layers 2 --index-topk 64 --longest 256 --batch-bytes 512 --workers 0 --no-compile"
     paths = ["--corpus", tmp_path, "--out", tmp_path / "out"]
     # One thread: the tensors are small.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
