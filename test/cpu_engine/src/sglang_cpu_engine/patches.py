@@ -17,6 +17,7 @@ from sglang_cpu_engine.kernels import (
     fused_indexer,
     hicache,
     page_table,
+    products,
     rotary,
 )
 from sglang_cpu_engine.kernels.quantization import rotate_activation
@@ -78,6 +79,8 @@ PATCHES = [
     Patch(f"{ROPE}.factory.get_rope_cpu", lambda *args: get_rope(*args[:-1]), "accepts YaRN only"),
     Patch(f"{ROPE}.base.RotaryEmbedding.forward_native", rotary.rotary_forward, "rounds the angles to bfloat16"),
     Patch(f"{ROPE}.rope_variant.DeepseekScalingRotaryEmbedding.forward_native", rotary.rotary_forward, "wrong for a key without heads"),
+    Patch("torch.nn.functional.linear", products.linear, "slow in bfloat16"),
+    Patch("torch.bmm", products.bmm, "slow in bfloat16"),
     # The scheduler's bookkeeping.
     Patch("sglang.srt.mem_cache.allocation.get_last_loc", allocator.get_last_loc, "Triton kernel"),
     # HiCache, with --hicache-mem-layout page_first_direct --hicache-io-backend direct. Its copies come as late as they may.

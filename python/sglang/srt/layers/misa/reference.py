@@ -210,7 +210,7 @@ def sample_positions(length: int) -> torch.Tensor:
 def mean(samples: torch.Tensor) -> torch.Tensor:
     """The mean over the first dimension, float64 [n, ...] -> float64 [...], of samples added one by one in their order."""
     total = torch.zeros_like(samples[0])
-    for sample in samples:
+    for sample in samples.unbind():
         total += sample
     return total / len(samples)
 

@@ -5,6 +5,7 @@ It reads a few keys of the index-K cache and keeps nothing. `reference.route_sam
 
 from typing import Tuple
 
+import numpy as np
 import torch
 
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE, read_tokens
@@ -16,7 +17,7 @@ from sglang.srt.layers.misa.reference import (
     shared_query,
 )
 
-ROWS_AT_ONCE = 64  # their samples are 8 MiB in float64, with 64 heads
+ROWS_AT_ONCE = 16  # their samples are 2 MiB in float64, with 64 heads
 
 
 def sample_strides(lengths: torch.Tensor) -> torch.Tensor:
@@ -24,6 +25,18 @@ def sample_strides(lengths: torch.Tensor) -> torch.Tensor:
     above = (lengths.long().clamp(min=1) - 1) // MAX_SAMPLES
     bits = torch.frexp(above.double()).exponent  # the length of a whole number in bits
     return torch.ones_like(above) << bits.long()
+
+
+def sequential_sum(samples: torch.Tensor) -> torch.Tensor:
+    """The sum over the first dimension, float64 [n, ...] -> float64 [...], added one by one from the first one on."""
+    total = samples.new_zeros(samples.shape[1:])
+    if samples.is_cpu and total.numel() > 1:
+        # numpy adds in this order too, as long as it is not the elements of a sum that lie side by side.
+        np.add.reduce(samples.numpy(), axis=0, out=total.numpy(), initial=0.0)
+        return total
+    for sample in samples.unbind():
+        total += sample
+    return total
 
 
 def lines(x: torch.Tensor, counts: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -41,11 +54,8 @@ def lines(x: torch.Tensor, counts: torch.Tensor) -> Tuple[torch.Tensor, torch.Te
     divisor = counts.clamp(min=1)[:, None]
 
     def mean(samples: torch.Tensor) -> torch.Tensor:
-        # Added one by one, as the definition says. A zero behind a row's samples changes no bit of its sum.
-        total = samples.new_zeros(samples.shape[1:])
-        for sample in samples.unbind():
-            total += sample
-        return total / divisor
+        # A zero behind a row's samples changes no bit of its sum.
+        return sequential_sum(samples) / divisor
 
     def from_mean(samples: torch.Tensor) -> torch.Tensor:
         return (samples - mean(samples)).masked_fill_(unseen, 0)

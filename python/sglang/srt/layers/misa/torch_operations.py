@@ -44,6 +44,8 @@ MAX_ROWS = 8  # of a sequence in decode, as of the kernels
 # Rows are taken in chunks whose temporaries fit in this much memory.
 WORKSPACE_BYTES = 256 << 20
 _BYTES_PER_SCORE = 48  # float64 and float32 scores, masks, int64 ranks
+# Keys that are scored at a time, whose products stay in a core's cache.
+_KEYS_AT_ONCE = 1024
 
 
 def update_pooled_keys(
@@ -374,7 +376,10 @@ def _select(
             pages = page_table[sequence, : -(-tokens // PAGE_SIZE)]
             keys, scales = (x[:tokens] for x in read_pages(index_k, pages))
             of_rows = [None if x is None else x[rows] for x in (shared_q, shared_scale)]
-            scores = token_scores(q[rows], weights[rows], keys, scales, *of_rows)
+            parts = zip(keys.split(_KEYS_AT_ONCE), scales.split(_KEYS_AT_ONCE))
+            scores = torch.cat(
+                [token_scores(q[rows], weights[rows], *x, *of_rows) for x in parts], 1
+            )
             scores = force(scores, lengths[rows], **forced)
             mask = topk_mask(scores, mask, topk)
         selected[rows] = positions(mask, topk)

@@ -5,7 +5,7 @@ from typing import Optional
 
 import torch
 
-CHUNK_ROWS = 128
+CHUNK_ROWS = 64
 
 
 def forward_flashmla_sparse(
@@ -31,15 +31,16 @@ def forward_flashmla_sparse(
     for start in range(0, len(q_all), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         indices = page_table_1[rows].long()
-        slots, column = torch.unique(indices.clamp(min=0), return_inverse=True)
-        count = torch.zeros(len(indices), len(slots), dtype=torch.float64)
-        count.scatter_add_(1, column, (indices >= 0).double())
-        kv = kv_cache[slots].double()
-        count = count.unsqueeze(1)
-        scores = (q_all[rows].double() @ kv.t()).mul_(sm_scale)
-        scores.masked_fill_(count == 0, float("-inf"))
-        top = scores.amax(-1, keepdim=True).clamp_(min=-1e300)
-        weights = scores.sub_(top).exp_().mul_(count)
-        total = weights.sum(-1, keepdim=True).clamp_(min=1e-300)
-        out[rows] = (weights @ kv[:, :v_head_dim]).div_(total).to(out.dtype)
+        valid, indices = indices >= 0, indices.clamp(min=0)
+        used = torch.zeros(len(kv_cache), dtype=torch.bool)
+        used[indices] = True
+        column = (used.cumsum(0) - 1)[indices]
+        kv = kv_cache[used].double()
+        count = torch.zeros(len(indices), len(kv), dtype=torch.float64)
+        count.scatter_add_(1, column, valid.double())
+        scores = (q_all[rows].double() * sm_scale) @ kv.t()
+        # The logarithm of a count weighs by it, and is -inf for a slot of other rows.
+        weights = scores.add_(count.log_().unsqueeze(1)).softmax(-1)
+        chunk = (weights @ kv[:, :v_head_dim]).to(out.dtype)
+        out[rows] = chunk.where(valid.any(1)[:, None, None], 0)
     return out

@@ -26,6 +26,7 @@ PATCHES = [
     Patch(f"{KERNELS}.quantization.act_quant_triton.act_quant", act_quant, "Triton kernel"),
     Patch(f"{KERNELS}.kvcache.dsa_index_k_cache.GetKAndS.execute", kv_cache.read_index_k, "Triton kernel"),
     Patch("sglang.srt.mem_cache.memory_pool.set_mla_kv_buffer_dcp_sharded_triton", kv_cache.write_mla_kv, "Triton kernel"),
+    Patch("sglang.srt.platforms.cpu.CpuDeviceMixin.empty_cache", lambda self: None, "collects garbage for half a second"),
     Patch("sglang.srt.utils.triton_load_watch.install", lambda: None, "hooks Triton's launches"),
     # The pages of what is sent, with PD disaggregation.
     Patch("torch.empty", pageable(torch.empty), "pins memory for CUDA"),
