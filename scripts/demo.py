@@ -96,6 +96,8 @@ def main() -> int:
     text = haystack(args.characters)
     # What the indexer does is recorded outside of CUDA graphs, and as positions.
     server_args = [] if args.dsa else ["--enable-misa"]
+    # Room for the text, the question and an answer: SGLang lets a prompt that barely fits wait for ever.
+    server_args += ["--max-total-tokens", str(len(text.encode()) + 4096)]
     server_args += ["--disable-cuda-graph", "--enable-cache-report", *args.server_args]
     env = {
         "OMP_NUM_THREADS": str(os.cpu_count()),
