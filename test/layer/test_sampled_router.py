@@ -20,6 +20,18 @@ def assert_same(given, expected):
         assert one.dtype == other.dtype and torch.equal(bits(one), bits(other))
 
 
+@pytest.mark.parametrize("shape", [(300, 5, 64), (300, 1, 1), (7, 2, 3), (1, 4, 4)])
+def test_samples_are_added_one_by_one(shape):
+    """Whatever lies side by side in memory, and where another order gives another sum."""
+    samples = torch.randn(shape, dtype=torch.float64)
+    samples[::3] *= 1e16
+    mean = reference.mean(samples)
+    side_by_side = samples.movedim(0, -1).contiguous().movedim(-1, 0)
+    for x in (samples, side_by_side):
+        assert_same([sampled_router.sequential_sum(x) / len(x)], [mean])
+
+
+
 def route_both(inputs, active_heads):
     """By the module, and by the definition."""
     index_k, pages = write_cache(inputs.to("cpu"))

@@ -31,7 +31,8 @@ def sequential_sum(samples: torch.Tensor) -> torch.Tensor:
     """The sum over the first dimension, float64 [n, ...] -> float64 [...], added one by one from the first one on."""
     total = samples.new_zeros(samples.shape[1:])
     if samples.is_cpu and total.numel() > 1:
-        # numpy adds in this order too, as long as it is not the elements of a sum that lie side by side.
+        # numpy adds in this order too, unless it is the elements of a sum that lie side by side: those it adds in pairs.
+        samples = samples.contiguous()
         np.add.reduce(samples.numpy(), axis=0, out=total.numpy(), initial=0.0)
         return total
     for sample in samples.unbind():
@@ -92,7 +93,7 @@ def slopes_and_estimates(
             counts = lengths[rows].long() // stride
             n = int(counts.max())
             x = scales[:n] * dot(q[rows].flatten(0, 1), keys[:n])
-            x = x.T.reshape(n, len(rows), q.shape[1])
+            x = x.T.contiguous().view(n, len(rows), q.shape[1])
             slope, rest = lines(x, counts)
             slopes[rows] = slope.float()
             estimates[rows] = (weights[rows].abs() * rest).float()
