@@ -31,7 +31,6 @@ def test_samples_are_added_one_by_one(shape):
         assert_same([sampled_router.sequential_sum(x) / len(x)], [mean])
 
 
-
 def route_both(inputs, active_heads):
     """By the module, and by the definition."""
     index_k, pages = write_cache(inputs.to("cpu"))
