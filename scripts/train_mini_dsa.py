@@ -293,7 +293,9 @@ def train_phase(
             # What the model draws by chance is the step's, too.
             torch.manual_seed(random.Random(f"{seed} step {step}").getrandbits(63))
             # Many a CPU has no instructions for bfloat16 and is slower with it by far.
-            with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=device.type == "cuda"
+            ):
                 values = losses(model, tokens, mask, phase)
             values["total"].backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

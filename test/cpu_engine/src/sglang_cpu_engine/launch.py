@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "SGLANG_ROPE_CACHE_FP32": "1",
     # Threads that spin while they wait slow a busy machine down by an order of magnitude.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Temporaries of many megabytes are given back and asked for again all the time. In pages of 4 KiB, that is half of a test's time.
+    # Temporaries of many megabytes are given back and asked for again all the time: in pages of 4 KiB, half the time of a long score.
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 # For tests, which start many servers: their processes are forked, so that SGLang is not imported in each of them. Servers of the

@@ -71,6 +71,9 @@ PATCHES = [
     Patch(f"{INDEXER}.fused_store_index_k_cache", fused_indexer.fused_store_index_k_cache, "JIT CUDA kernel"),
     Patch(f"{INDEXER}.fused_k_indexer_norm_rope_store", fused_indexer.fused_k_indexer_norm_rope_store, "JIT CUDA kernel", added=True),
     Patch(f"{INDEXER}.fused_q_indexer_rope_first_quant", fused_indexer.fused_q_indexer_rope_first_quant, "JIT CUDA kernel", added=True),
+    # Products of bfloat16.
+    Patch("torch.nn.functional.linear", products.linear, "slow in bfloat16"),
+    Patch("torch.bmm", products.bmm, "slow in bfloat16"),
     # Attention.
     Patch(f"{BACKEND}.transform_index_page_table_prefill", page_table.transform_prefill, "Triton kernel"),
     Patch(f"{BACKEND}.transform_index_page_table_decode", page_table.transform_decode, "Triton kernel"),
@@ -79,8 +82,6 @@ PATCHES = [
     Patch(f"{ROPE}.factory.get_rope_cpu", lambda *args: get_rope(*args[:-1]), "accepts YaRN only"),
     Patch(f"{ROPE}.base.RotaryEmbedding.forward_native", rotary.rotary_forward, "rounds the angles to bfloat16"),
     Patch(f"{ROPE}.rope_variant.DeepseekScalingRotaryEmbedding.forward_native", rotary.rotary_forward, "wrong for a key without heads"),
-    Patch("torch.nn.functional.linear", products.linear, "slow in bfloat16"),
-    Patch("torch.bmm", products.bmm, "slow in bfloat16"),
     # The scheduler's bookkeeping.
     Patch("sglang.srt.mem_cache.allocation.get_last_loc", allocator.get_last_loc, "Triton kernel"),
     # HiCache, with --hicache-mem-layout page_first_direct --hicache-io-backend direct. Its copies come as late as they may.

@@ -207,12 +207,17 @@ def sample_positions(length: int) -> torch.Tensor:
     return (i << shift) + offset
 
 
-def mean(samples: torch.Tensor) -> torch.Tensor:
-    """The mean over the first dimension, float64 [n, ...] -> float64 [...], of samples added one by one in their order."""
-    total = torch.zeros_like(samples[0])
+def sequential_sum(samples: torch.Tensor) -> torch.Tensor:
+    """The sum over the first dimension, float64 [n, ...] -> float64 [...], of samples added one by one in their order."""
+    total = samples.new_zeros(samples.shape[1:])
     for sample in samples.unbind():
         total += sample
-    return total / len(samples)
+    return total
+
+
+def mean(samples: torch.Tensor) -> torch.Tensor:
+    """The mean over the first dimension, float64 [n, ...] -> float64 [...], by `sequential_sum`."""
+    return sequential_sum(samples) / len(samples)
 
 
 def lines(x: torch.Tensor):

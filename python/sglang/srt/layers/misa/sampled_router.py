@@ -8,6 +8,7 @@ from typing import Tuple
 import numpy as np
 import torch
 
+from sglang.srt.layers.misa import reference
 from sglang.srt.layers.misa.index_k_cache import PAGE_SIZE, read_tokens
 from sglang.srt.layers.misa.reference import (
     MAX_SAMPLES,
@@ -28,15 +29,13 @@ def sample_strides(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def sequential_sum(samples: torch.Tensor) -> torch.Tensor:
-    """The sum over the first dimension, float64 [n, ...] -> float64 [...], added one by one from the first one on."""
+    """`reference.sequential_sum`, which numpy computes on a CPU."""
     total = samples.new_zeros(samples.shape[1:])
-    if samples.is_cpu and total.numel() > 1:
-        # numpy adds in this order too, unless it is the elements of a sum that lie side by side: those it adds in pairs.
-        samples = samples.contiguous()
-        np.add.reduce(samples.numpy(), axis=0, out=total.numpy(), initial=0.0)
-        return total
-    for sample in samples.unbind():
-        total += sample
+    if not samples.is_cpu or total.numel() <= 1:
+        return reference.sequential_sum(samples)
+    # numpy adds one by one too, but in pairs where the elements of a sum lie side by side.
+    samples = samples.contiguous()
+    np.add.reduce(samples.numpy(), axis=0, out=total.numpy(), initial=0.0)
     return total
 
 
