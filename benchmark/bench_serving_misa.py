@@ -28,12 +28,13 @@ from serving.configurations import (
     VARIANTS,
     Configuration,
     Session,
+    Workload,
     make_groups,
     make_sessions,
     parse_sweep,
 )
 from serving.memory import used_bytes, watched
-from serving.profile import profile, show
+from serving.profile import profile, profiled, shorten, show
 from tqdm import tqdm
 
 from sglang_misa.client import Client
@@ -272,7 +273,7 @@ class Benchmark:
                 self.try_to(what, self.compare, session, servers, bar)
 
     def run_profiles(self) -> None:
-        """Print where the time of a chunk and of a decode step goes, for each variant by itself."""
+        """Print and keep where the time of a chunk and of a decode step goes, for each variant by itself."""
         args = self.args
         context, sequences = max(args.contexts), max(args.concurrency)
         for baseline, others in make_groups(args.variants, args.sweep):
@@ -292,6 +293,23 @@ class Benchmark:
                     )
                     if found:
                         print(show(configuration.label, found), flush=True)
+                        workloads = profiled(context, chunk, sequences)
+                        self.keep(configuration, found, workloads)
+
+    def keep(
+        self,
+        configuration: Configuration,
+        found: Dict[str, Dict],
+        workloads: Sequence[Workload],
+    ) -> None:
+        """Write the profiles of a server's steps."""
+        kept = []
+        for (stage, trace), workload in zip(found.items(), workloads):
+            args = (self.model, configuration, self.args.server_args, workload)
+            kept.append(
+                records.about(*args) | {"stage": stage, **shorten(trace), **self.meta}
+            )
+        records.write(kept, self.args.output)
 
 
 def batched(items: Sequence, count: int) -> Iterator[Sequence]:
@@ -363,7 +381,11 @@ def parse_arguments(arguments: Optional[Sequence[str]] = None) -> argparse.Names
     add("--quick", action="store_true", help="minutes: fewer of all that is not given")
     add("--minutes", type=float, default=float("inf"), help="then stop in order")
     add("--again", action="store_true", help="also measure what the output has")
-    add("--profile", action="store_true", help="print the kernels of a step and stop")
+    add(
+        "--profile",
+        action="store_true",
+        help="print the kernels of two steps and stop; default output: results/serving_profile_<gpu>.json",
+    )
     add("--logs", type=Path, help="the folder of the servers' logs")
     add("--output", type=Path, help="default: results/serving_<gpu>.json")
     add("server_args", nargs="*", help="further arguments of SGLang, after --")
@@ -373,7 +395,8 @@ def parse_arguments(arguments: Optional[Sequence[str]] = None) -> argparse.Names
         args = parser.parse_args(arguments)
     if args.together < 1:
         parser.error("--together: at least 1")
-    args.output = args.output or report.default_output(device(), "serving")
+    what = "serving_profile" if args.profile else "serving"
+    args.output = args.output or report.default_output(device(), what)
     return args
 
 

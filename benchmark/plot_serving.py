@@ -1,7 +1,7 @@
 """Draws what bench_serving_misa.py wrote, a row of plots for each model, into a PNG beside it.
 
-Time to first token and time per output token over the context, at the least concurrency; where several were measured, throughput over the
-heads that score, and throughput a GPU against what a user sees, tokens a second, a line for each variant over the concurrency.
+Of what was measured at one context alone there is no plot. Time to first token and time per output token over the context, at the least
+concurrency; where several were measured, throughput over the heads that score, and throughput a GPU against what a user sees, tokens a second, a line for each variant over the concurrency.
 """
 
 import textwrap
@@ -88,7 +88,10 @@ def draw_pareto(axes, records: List[Dict]) -> None:
 
 def draw(records: List[Dict], output: Path) -> None:
     records = [record for record in records if not record["cache_hit"]]
-    models = list(dict.fromkeys(map(served, records)))
+    contexts: Dict[str, set] = {}
+    for record in records:
+        contexts.setdefault(served(record), set()).add(record["context"])
+    models = [model for model, lengths in contexts.items() if len(lengths) > 1]
     figure = plt.figure(figsize=(22, 5.5 * len(models)), layout="constrained")
     figure.suptitle(f"Serving on {records[0]['device']}")
     rows = figure.subfigures(len(models), squeeze=False)[:, 0]

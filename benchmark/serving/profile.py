@@ -6,11 +6,13 @@ import re
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import torch
 
 from sglang_misa.client import Client
+
+from .configurations import Workload
 
 # What a kernel's name says of its part; the first that fits. The indexer: what scores and selects. Its projections are
 # matrix products like others, and stay the same.
@@ -23,6 +25,7 @@ PARTS = {
     "copies": r"memcpy|memset",
 }
 DECODE_STEPS = 8
+SHOWN = 12  # kernels, those that take longest
 
 
 def part_of(name: str) -> str:
@@ -105,6 +108,19 @@ def profile(server: Client, context: int, chunk: int, sequences: int) -> Dict:
     return found
 
 
+def profiled(context: int, chunk: int, sequences: int) -> Tuple[Workload, Workload]:
+    """What the two traces of `profile` are of."""
+    return (
+        Workload(context, 1, 1, context - chunk),
+        Workload(context, DECODE_STEPS, sequences, context),
+    )
+
+
+def shorten(trace: Dict) -> Dict:
+    """A trace with the kernels that are shown alone; `parts` has all."""
+    return trace | {"kernels": trace["kernels"][:SHOWN]}
+
+
 def _profiled(server: Client, prompts: List[List[int]], steps: int, stage: str) -> Dict:
     activities = ["GPU"] if torch.cuda.is_available() else ["CPU"]
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +132,7 @@ def _profiled(server: Client, prompts: List[List[int]], steps: int, stage: str) 
         return read_trace(trace, steps)
 
 
-def show(label: str, found: Dict, most: int = 12) -> str:
+def show(label: str, found: Dict) -> str:
     """A table of each stage: the parts, and the kernels that take longest."""
     lines = []
     for stage, trace in found.items():
@@ -126,7 +142,7 @@ def show(label: str, found: Dict, most: int = 12) -> str:
         )
         for part, us in trace["parts"].items():
             lines.append(f"  {part:16} {us:10.0f} us {us / busy:6.1%}")
-        for name, calls, us in trace["kernels"][:most]:
+        for name, calls, us in shorten(trace)["kernels"]:
             lines.append(
                 f"    {us:10.1f} us {us / busy:6.1%} {calls:6.1f} x {name[:90]}"
             )

@@ -20,7 +20,16 @@ from serving.configurations import (
     make_sessions,
     parse_sweep,
 )
-from serving.profile import DECODE_STEPS, part_of, profile, read_trace, show
+from serving.profile import (
+    DECODE_STEPS,
+    SHOWN,
+    part_of,
+    profile,
+    profiled,
+    read_trace,
+    shorten,
+    show,
+)
 from slice_model import NAMES, make_config, make_parts, write_slice
 
 TOPK = 256
@@ -242,6 +251,45 @@ def test_profile(monkeypatch):
     assert found["decode"]["span_us"] == 80 / DECODE_STEPS
     assert "dsa, prefill: 0.80 ms" in show("dsa", found)
     assert "attention               800 us 100.0%" in show("dsa", found)
+    assert list(map(str, profiled(300, chunk=100, sequences=2))) == [
+        "300 (200 cached)/1 x 1",
+        f"300 (300 cached)/{DECODE_STEPS} x 2",
+    ]
+    many = {"kernels": [(str(n), 1, 1) for n in range(2 * SHOWN)], "busy_us": 3}
+    assert shorten(many) == many | {"kernels": many["kernels"][:SHOWN]}
+
+
+def test_profiles_are_kept(tmp_path, monkeypatch):
+    """A record of either step of each variant, in the place of those of an earlier run."""
+
+    class Started:
+        client = SimpleNamespace(info={"chunked_prefill_size": 8192})
+
+    def found(*arguments):
+        asked.append(arguments[1:])
+        trace = {"span_us": 3.0, "busy_us": 2.0, "parts": {"other": 2.0}}
+        trace["kernels"] = [("a", 1.0, 2.0)]
+        return {"prefill": trace, "decode": trace}
+
+    asked, output = [], tmp_path / "profile.json"
+    monkeypatch.setattr(bench_serving_misa, "profile", found)
+    start = bench_serving_misa.Benchmark
+    monkeypatch.setattr(start, "start", lambda *arguments: Started())
+    command = ["--model-path", "tiny", "--profile", "--output", str(output)]
+    command += ["--variants", "misa", "--contexts", "8192", "131072"]
+    command += ["--concurrency", "32", "--logs", str(tmp_path)]
+    for _ in range(2):
+        assert bench_serving_misa.main(command) == 0
+    assert asked == 4 * [(131072, 8192, 32)]
+    kept = records.read(output)
+    assert [(r["variant"], r["stage"], r["cache_hit"]) for r in kept] == [
+        (variant, stage, cached)
+        for variant in ("dsa", "misa")
+        for stage, cached in (("prefill", 122880), ("decode", 131072))
+    ]
+    assert kept[0]["kernels"] == [["a", 1.0, 2.0]] and kept[0]["device"]
+    arguments = bench_serving_misa.parse_arguments(command[:3])
+    assert arguments.output.name.startswith("serving_profile_")
 
 
 @pytest.mark.parametrize(
