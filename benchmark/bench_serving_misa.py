@@ -305,10 +305,10 @@ class Benchmark:
         """Write the profiles of a server's steps."""
         kept = []
         for (stage, trace), workload in zip(found.items(), workloads):
-            args = (self.model, configuration, self.args.server_args, workload)
-            kept.append(
-                records.about(*args) | {"stage": stage, **shorten(trace), **self.meta}
+            about = records.about(
+                self.model, configuration, self.args.server_args, workload
             )
+            kept.append(about | {"stage": stage, **shorten(trace), **self.meta})
         records.write(kept, self.args.output)
 
 

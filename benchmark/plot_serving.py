@@ -1,7 +1,8 @@
 """Draws what bench_serving_misa.py wrote, a row of plots for each model, into a PNG beside it.
 
-Of what was measured at one context alone there is no plot. Time to first token and time per output token over the context, at the least
-concurrency; where several were measured, throughput over the heads that score, and throughput a GPU against what a user sees, tokens a second, a line for each variant over the concurrency.
+Time to first token and time per output token over the context, at the least concurrency; where several were measured, throughput over the
+heads that score, and throughput a GPU against what a user sees, tokens a second, a line for each variant over the concurrency. Servers that
+were measured at a single context are left out, if others were measured at several.
 """
 
 import textwrap
@@ -92,6 +93,7 @@ def draw(records: List[Dict], output: Path) -> None:
     for record in records:
         contexts.setdefault(served(record), set()).add(record["context"])
     models = [model for model, lengths in contexts.items() if len(lengths) > 1]
+    models = models or list(contexts)
     figure = plt.figure(figsize=(22, 5.5 * len(models)), layout="constrained")
     figure.suptitle(f"Serving on {records[0]['device']}")
     rows = figure.subfigures(len(models), squeeze=False)[:, 0]
