@@ -11,6 +11,7 @@ from kernel_ops import (
     route,
     route_sampled,
     route_sampled_topk_decode,
+    route_sampled_topk_prefill,
     route_topk_decode,
     topk_decode,
     topk_prefill,
@@ -36,10 +37,14 @@ def run(batch, rows_per_seq: int) -> None:
             topk_decode(batch, scoring, 64, init_tokens=1, local_tokens=2)
     if rows_per_seq:
         route_topk_decode(batch, 8, 128, 64)
-    for active_heads in (1, 8):
+    for active_heads in (1, 4, 8):
         heads, *shared = route_sampled(batch, active_heads)
         options = dict(zip(("shared_q", "shared_scale"), shared))
         topk_prefill(batch, heads, 64, output="slots", **options)
+        for candidates in (0, 256):
+            route_sampled_topk_prefill(
+                batch, active_heads, 64, rerank_candidates=candidates
+            )
         if rows_per_seq:
             topk_decode(batch, heads, 64, **options)
             route_sampled_topk_decode(batch, active_heads, 64)
