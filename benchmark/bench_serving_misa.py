@@ -300,13 +300,13 @@ class Benchmark:
         self,
         configuration: Configuration,
         found: Dict[str, Dict],
-        workloads: Sequence[Workload],
+        workloads: Dict[str, Workload],
     ) -> None:
         """Write the profiles of a server's steps."""
         kept = []
-        for (stage, trace), workload in zip(found.items(), workloads):
+        for stage, trace in found.items():
             about = records.about(
-                self.model, configuration, self.args.server_args, workload
+                self.model, configuration, self.args.server_args, workloads[stage]
             )
             kept.append(about | {"stage": stage, **shorten(trace), **self.meta})
         records.write(kept, self.args.output)

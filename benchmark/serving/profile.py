@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List
 
 import torch
 
@@ -108,12 +108,12 @@ def profile(server: Client, context: int, chunk: int, sequences: int) -> Dict:
     return found
 
 
-def profiled(context: int, chunk: int, sequences: int) -> Tuple[Workload, Workload]:
-    """What the two traces of `profile` are of."""
-    return (
-        Workload(context, 1, 1, context - chunk),
-        Workload(context, DECODE_STEPS, sequences, context),
-    )
+def profiled(context: int, chunk: int, sequences: int) -> Dict[str, Workload]:
+    """What each trace of `profile` is of."""
+    return {
+        "prefill": Workload(context, 1, 1, context - chunk),
+        "decode": Workload(context, DECODE_STEPS, sequences, context),
+    }
 
 
 def shorten(trace: Dict) -> Dict:

@@ -251,7 +251,9 @@ def test_profile(monkeypatch):
     assert found["decode"]["span_us"] == 80 / DECODE_STEPS
     assert "dsa, prefill: 0.80 ms" in show("dsa", found)
     assert "attention               800 us 100.0%" in show("dsa", found)
-    assert list(map(str, profiled(300, chunk=100, sequences=2))) == [
+    workloads = profiled(300, chunk=100, sequences=2)
+    assert workloads.keys() == found.keys()
+    assert list(map(str, workloads.values())) == [
         "300 (200 cached)/1 x 1",
         f"300 (300 cached)/{DECODE_STEPS} x 2",
     ]
