@@ -38,6 +38,25 @@ __device__ __forceinline__ int warp_inclusive_scan(int value) {
   return value;
 }
 
+// The same with what depends on the lane alone worked out once, for a loop.
+struct WarpScan {
+  int reached[5];  // 1 where a lane has one so far before it
+
+  __device__ __forceinline__ WarpScan() {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      reached[i] = (threadIdx.x & 31) >= 1 << i;
+      asm("" : "+r"(reached[i]));  // a register, and one instruction to multiply and add; else two, and a comparison
+    }
+  }
+
+  __device__ __forceinline__ int inclusive(int value) const {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) value += __shfl_up_sync(0xffffffffu, value, 1 << i) * reached[i];
+    return value;
+  }
+};
+
 // Sum over the threads before this one, and the sum over all. scratch holds 32 ints; every thread must call this.
 template <int THREADS>
 __device__ __forceinline__ int cta_exclusive_scan(int value, int* scratch, int& total) {

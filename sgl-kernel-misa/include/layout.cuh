@@ -52,20 +52,37 @@ __device__ __forceinline__ unsigned plane_visible(int word, int length) {
   return mask;
 }
 
-// The 32 words of one span, one a lane, as 32 words in the order of the positions, one a lane.
-__device__ __forceinline__ unsigned natural_order(unsigned word) {
-  const int lane = threadIdx.x & 31;
-  // Transpose: lane page * 2 + rr gets the bits of row rr * 8 + r of warp w, at w * 8 + r.
-  unsigned low = 0x0000ffffu;
+// Turns the 32 words of a span, one a lane, into 32 words in the order of the positions, one a lane. What depends on the lane alone is
+// worked out once.
+struct NaturalOrder {
+  unsigned kept[5];    // of its word a lane keeps these bits in each step of the transposition,
+  unsigned turned[5];  // and gets the others from its partner's, turned so far to the left
+  unsigned bytes;
+
+  __device__ __forceinline__ NaturalOrder() {
+    const int lane = threadIdx.x & 31;
+    unsigned low = 0x0000ffffu;
 #pragma unroll
-  for (int step = 16; step; step /= 2) {
-    const unsigned other = __shfl_xor_sync(0xffffffffu, word, step);
-    word = lane & step ? (word & ~low) | (other & ~low) >> step : (word & low) | (other & low) << step;
-    low ^= low << step / 2;
+    for (int i = 0; i < 5; ++i) {
+      const int step = 16 >> i;
+      kept[i] = lane & step ? ~low : low;
+      asm("" : "+r"(kept[i]));  // a register: worked out anew it is two instructions more in every step
+      turned[i] = lane & step ? 32 - step : step;
+      low ^= low << step / 2;
+    }
+    bytes = lane & 1 ? 0x3726 : 0x5140;
   }
-  // Then the rows of each warp, 8 and 8: words 2 * page (warps 0 and 1) and 2 * page + 1.
-  const unsigned other = __shfl_xor_sync(0xffffffffu, word, 1);
-  return lane & 1 ? __byte_perm(other, word, 0x7362) : __byte_perm(word, other, 0x5140);
-}
+
+  __device__ __forceinline__ unsigned operator()(unsigned word) const {
+    // Transpose: lane page * 2 + rr gets the bits of row rr * 8 + r of warp w, at w * 8 + r.
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      const unsigned other = __shfl_xor_sync(0xffffffffu, word, 16 >> i);
+      word = (word & kept[i]) | (__funnelshift_l(other, other, turned[i]) & ~kept[i]);
+    }
+    // Then the rows of each warp, 8 and 8: words 2 * page (warps 0 and 1) and 2 * page + 1.
+    return __byte_perm(word, __shfl_xor_sync(0xffffffffu, word, 1), bytes);
+  }
+};
 
 }  // namespace misa

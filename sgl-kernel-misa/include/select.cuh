@@ -151,11 +151,11 @@ __device__ __forceinline__ int word_of(unsigned place) { return (place & kLastPo
 __device__ __forceinline__ unsigned mask_of(unsigned place) { return 1u << place % 32; }
 __device__ __forceinline__ int position_of(unsigned place) { return plane_position(word_of(place), place % 32); }
 
-// Appends the candidates in words [first, last) to `places`, and their slots of the cache to `slots`; their number goes to *count,
-// which the caller has cleared. The order is arbitrary.
+// Appends the candidates in words [first, last) to `places`; their number goes to *count, which the caller has cleared. The order is
+// arbitrary.
 template <int THREADS>
 __device__ __forceinline__ void collect(const unsigned* above, const unsigned* within, int words, int first, int last,
-                                        const int* pages, unsigned* places, unsigned* slots, int* count) {
+                                        unsigned* places, int* count) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Share share = share_of_warp<THREADS>(words);
   last = min(last, share.last);
@@ -176,12 +176,16 @@ __device__ __forceinline__ void collect(const unsigned* above, const unsigned* w
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       for (; word[u]; word[u] &= word[u] - 1) {
-        const unsigned place = make_place(warp, base + u * 32 + lane, __ffs(word[u]) - 1);
-        places[at] = place;
-        slots[at++] = slot_of(position_of(place), pages);
+        places[at++] = make_place(warp, base + u * 32 + lane, __ffs(word[u]) - 1);
       }
     }
   }
+}
+
+// The slots of the cache of listed tokens. They are worked out here, where every thread has a token, and not where a few lanes list some.
+template <int THREADS>
+__device__ __forceinline__ void find_slots(const unsigned* places, int count, const int* pages, unsigned* slots) {
+  for (int i = threadIdx.x; i < count; i += THREADS) slots[i] = slot_of(position_of(places[i]), pages);
 }
 
 // Listed tokens that are always selected, those before `init` and from `local` on, get the score +inf. Each thread looks at
@@ -280,9 +284,9 @@ __device__ __forceinline__ int ties_selected(const int* candidates, const int* r
 // Writes the selected positions in ascending order: the selected bits, and the first `extra` candidates. selected: the number of
 // selected bits in each warp's share. The words were written by this CTA, through L2.
 template <int THREADS>
-__device__ __forceinline__ void emit(const unsigned* above, const unsigned* within, int words, bool narrow, int extra,
-                                     const int* selected, int form, const int* pages, int offset, int* scratch,
-                                     int* out) {
+__device__ __forceinline__ void emit(const unsigned* above, const unsigned* within, int words, int length, bool narrow,
+                                     int extra, const int* selected, int form, const int* pages, int offset,
+                                     int* scratch, int* out) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Share share = share_of_warp<THREADS>(words);
   int slot = 0, room = 0;  // of this warp: where its tokens go, and how many candidates it adds
@@ -299,16 +303,28 @@ __device__ __forceinline__ void emit(const unsigned* above, const unsigned* with
     slot += min(extra, before);
     room = min(max(extra - before, 0), ties);
   }
+  const NaturalOrder natural_order;
+  const WarpScan scan;
+  // Of the next span: this lane's words of the planes, its page, and what the first of its 32 tokens is written as; they lie in one page.
+  const unsigned* to_above = above + share.first + lane;
+  const unsigned* to_within = within + share.first + lane;
+  int position = share.first / 32 * kSpan + lane * 32;
+  const int in_page = form == kSlots ? position % kPage : offset, last_page = (length - 1) / kPage;
   unsigned next = 0, next_within = ~0u;
-  const auto load = [&](int first) {
-    if (first < share.last) next = __ldcg(&above[first + lane]);
-    if (first < share.last && narrow) next_within = __ldcg(&within[first + lane]);
+  int next_index = 0;
+  const auto load = [&]() {
+    next = __ldcg(to_above);
+    if (narrow) next_within = __ldcg(to_within);
+    next_index = form == kSlots ? pages[min(position / kPage, last_page)] * kPage : position;
+    next_index += in_page;
+    to_above += 32, to_within += 32, position += kSpan;
   };
-  load(share.first);
+  if (share.first < share.last) load();
   for (int first = share.first; first < share.last; first += 32) {
     const unsigned stored = next;
+    const int index = next_index;
     unsigned word = natural_order(selected_bits(next, next_within, narrow));
-    load(first + 32);
+    if (first + 32 < share.last) load();
     if (room > 0) {  // uniform in the warp
       unsigned tied = natural_order(__ldcg(&within[first + lane]) & ~stored);
       const int inclusive = warp_inclusive_scan(__popc(tied));
@@ -317,11 +333,10 @@ __device__ __forceinline__ void emit(const unsigned* above, const unsigned* with
       word |= tied;
       room -= __shfl_sync(0xffffffffu, inclusive, 31);
     }
-    const int inclusive = warp_inclusive_scan(__popc(word));
-    int mine = slot + inclusive - __popc(word);
+    const int inclusive = scan.inclusive(__popc(word));
+    int* to = out + slot + inclusive - __popc(word);
     slot += __shfl_sync(0xffffffffu, inclusive, 31);
-    const int position = first / 32 * kSpan + lane * 32;
-    for (; word; word &= word - 1) out[mine++] = output_index(position + __ffs(word) - 1, form, pages, offset);
+    for (; word; word &= word - 1) *to++ = index + __ffs(word) - 1;
   }
 }
 

@@ -76,13 +76,20 @@ def get_select_kernel(heads: int, capacity: int):
             row.words,
             first,
             last,
-            row.pages,
             T.address_of(row.places[0]),
-            T.address_of(row.scores[0]),
             T.address_of(row.listed[0]),
         )
         T.sync_threads()
         row.count[0] = row.listed[0]
+        T.call_extern(
+            "handle",
+            f"misa::find_slots<{THREADS}>",
+            T.address_of(row.places[0]),
+            row.count[0],
+            row.pages,
+            T.address_of(row.scores[0]),
+        )
+        T.sync_threads()
         score_listed(row, row.count[0])
         if T.get_thread_binding() == 0:
             row.listed[0] = 0  # for the next part
@@ -359,6 +366,7 @@ def get_select_kernel(heads: int, capacity: int):
                     this_row.above,
                     this_row.within,
                     words,
+                    length,
                     upper == 1,
                     T.call_extern(
                         "int32",

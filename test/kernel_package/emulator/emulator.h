@@ -155,6 +155,9 @@ inline float __int_as_float(int bits) { return bits_of<float>(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
 inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return shift % 32 ? high << shift % 32 | low >> (32 - shift % 32) : high;
+}
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = (uint64_t)high << 32 | low;
   unsigned result = 0;

@@ -219,9 +219,9 @@ bool prefill_select() {
         if (!all_fit) last = misa::end_of_part<kThreads>(above, within, first, words, kCapacity, scratch);
         if (threadIdx.x == 0) count = 0;
         __syncthreads();
-        misa::collect<kThreads>(above, within, words, first, last, row.pages.data(), places.data(), slots.data(),
-                                &count);
+        misa::collect<kThreads>(above, within, words, first, last, places.data(), &count);
         __syncthreads();
+        misa::find_slots<kThreads>(places.data(), count, row.pages.data(), slots.data());
         for (int i = threadIdx.x; i < count; i += kThreads) {
           const unsigned score = misa::ordered(row.scores[misa::position_of(places[i])]);
           if (searches) {
@@ -234,7 +234,7 @@ bool prefill_select() {
       if (searches) misa::radix_advance<kThreads>(radix, bins, scratch);
     }
     __syncthreads();
-    misa::emit<kThreads>(above, within, words, upper, misa::ties_selected(info, radix), selected, row.form,
+    misa::emit<kThreads>(above, within, words, length, upper, misa::ties_selected(info, radix), selected, row.form,
                          row.pages.data(), row.offset, scratch, out.data());
   });
   // Nothing but time is lost without a bracket, but well-behaved scores have a narrow one, and so have plateaus.
