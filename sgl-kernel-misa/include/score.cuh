@@ -68,24 +68,4 @@ __device__ __forceinline__ void mask_page(float* score, const int* length, int t
   }
 }
 
-// The same sum for one query whose heads lie in the columns in their own order, HEADS a multiple of 8: a lane adds its
-// heads in ascending order, then the four lanes of a quad add their sums, 0 + 1 and 2 + 3 first. out[rr] is the sum of row
-// rr in every lane; gate[i * 2 + b] is that of head i * 8 + lane % 4 * 2 + b.
-template <int HEADS>
-__device__ __forceinline__ void sum_heads_of_quad(const float* acc, const float* gate, const float* scale, float* out) {
-#pragma unroll
-  for (int rr = 0; rr < 2; ++rr) {
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < HEADS / 8; ++i) {
-#pragma unroll
-      for (int b = 0; b < 2; ++b)
-        sum = fmaf(gate[i * 2 + b], acc[i * 4 + rr * 2 + b] + fabsf(acc[i * 4 + rr * 2 + b]), sum);
-    }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    out[rr] = sum * (0.5f * scale[rr]);
-  }
-}
-
 }  // namespace misa

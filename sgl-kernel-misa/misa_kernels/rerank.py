@@ -1,25 +1,19 @@
 """The second stage of hierarchical MISA: a row's candidates scored with all heads, and the best of them selected."""
 
-from types import SimpleNamespace
-
 import tilelang.language as T
 
 from misa_kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE
 from misa_kernels.dimensions import dimensions
-from misa_kernels.gather import TILE, get_score_listed
 from misa_kernels.headers import BINS, SCRATCH, include
 from misa_kernels.paged_cache import PAGE_WORDS
 
 THREADS = 256
-
-
-def stages_for(capacity: int) -> int:
-    """Tiles on the chip: three, where three CTAs still fit on an SM with them."""
-    return 3 if capacity <= 4096 else 2
+TILE = THREADS // 128 * 64  # tokens that the warpgroups multiply at a time
+ALIGNMENT = 1024  # bytes, of the queries
 
 
 def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
-    """Gathered keys on the M side of a wgmma, the row's heads on the N side.
+    """Listed keys on the M side of a wgmma, the row's heads on the N side.
 
     Args:
         num_heads: heads of the indexer, H.
@@ -29,24 +23,6 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
     rows, pages, batch, max_pages, stride, candidates_, topk = dimensions(
         "rows pages batch max_pages table_stride num_candidates topk"
     )
-
-    stages = stages_for(capacity)
-    assert (
-        stages * TILE * HEAD_DIM >= 4 * BINS
-    ), "the histogram lies where the keys were"
-
-    @T.macro
-    def sum_heads(row):
-        T.call_extern(
-            "handle",
-            f"misa::sum_heads_of_quad<{num_heads}>",
-            row.acc.data,
-            row.gate.data,
-            row.scale.data,
-            row.score.data,
-        )
-
-    score_listed = get_score_listed(THREADS, stages, sum_heads)
 
     @T.prim_func
     def rerank(
@@ -67,16 +43,17 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
         form: T.int32,
     ):
         with T.Kernel(rows * ranks, threads=THREADS, cluster_dims=(ranks, 1, 1)) as cta:
-            T.import_source(include("gather.cuh", "score.cuh", "rerank.cuh"))
+            T.import_source(
+                include(
+                    "listed_scores.cuh", "rerank.cuh", kQueriesAlignment=ALIGNMENT
+                )
+            )
+            T.annotate_min_blocks_per_sm(3)
             scores = T.alloc_shared((capacity,), T.uint32)
-            q_shared = T.alloc_shared((num_heads, HEAD_DIM), T.float8_e4m3fn)
-            k_shared = T.alloc_shared((stages, TILE, HEAD_DIM), T.float8_e4m3fn)
-            s_shared = T.alloc_shared((stages, TILE), T.float32)
+            q_shared = T.alloc_shared((num_heads * HEAD_DIM + ALIGNMENT,), T.int8)
+            bins = T.alloc_shared((BINS,), T.int32)
             scratch = T.alloc_shared((SCRATCH,), T.int32)
-            acc = T.alloc_fragment((TILE, num_heads), T.float32)
-            gate = T.alloc_local((num_heads // 4,), T.float32)
-            scale = T.alloc_local((2,), T.float32)
-            score = T.alloc_local((2,), T.float32)
+            gates = T.alloc_shared((num_heads,), T.float32)
             count = T.alloc_var(T.int32)
             mine = T.alloc_var(T.int32)
             offset = T.alloc_var(T.int32)
@@ -109,30 +86,23 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
                 if i * THREADS + tx < topk and i * THREADS + tx >= T.min(count, topk):
                     out[row, i * THREADS + tx] = -1
             if count > 0:
-                for i in T.serial(num_heads * 8 // THREADS):
-                    for v in T.vectorized(16):
-                        q_shared[i * (THREADS // 8) + tx // 8, tx % 8 * 16 + v] = q[
-                            row, i * (THREADS // 8) + tx // 8, tx % 8 * 16 + v
-                        ]
-                T.call_extern("handle", "misa::fence_async")
-                for i in T.unroll(num_heads // 8):
-                    for b in T.unroll(2):
-                        gate[i * 2 + b] = weights[row, i * 8 + tx % 4 * 2 + b]
-                score_listed(
-                    SimpleNamespace(
-                        keys=keys,
-                        scales=scales,
-                        scores=scores,
-                        q_shared=q_shared,
-                        k_shared=k_shared,
-                        s_shared=s_shared,
-                        acc=acc,
-                        registers=TILE * num_heads // THREADS,
-                        gate=gate,
-                        scale=scale,
-                        score=score,
-                    ),
+                T.call_extern(
+                    "handle",
+                    f"misa::copy_queries_in_quads<{num_heads}, {THREADS}>",
+                    T.address_of(q[row, 0, 0]),
+                    T.address_of(q_shared[0]),
+                )
+                if tx < num_heads:
+                    gates[tx] = weights[row, tx]
+                T.call_extern(
+                    "handle",
+                    f"misa::score_slots<{num_heads}, {THREADS}>",
+                    keys.data,
+                    scales.data,
+                    T.address_of(scores[0]),
                     mine,
+                    T.address_of(q_shared[0]),
+                    T.address_of(gates[0]),
                 )
                 if ranks > 1:
                     T.call_extern(
@@ -161,7 +131,7 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
                         T.address_of(scores[0]),
                         count,
                         T.min(count, topk),
-                        T.address_of(k_shared[0, 0, 0]),  # free by now: the histogram
+                        T.address_of(bins[0]),
                         T.address_of(scratch[0]),
                         form,
                         T.address_of(page_table[seq, 0]),
