@@ -7,7 +7,7 @@
 #include "barrier.cuh"
 #include "cta.cuh"
 #include "gather.cuh"
-#include "score.cuh"
+#include "wgmma.cuh"
 
 namespace misa {
 
@@ -39,60 +39,11 @@ __device__ __forceinline__ void copy_queries_in_quads(const void* q, void* q_roo
   fence_async();
 }
 
-// The descriptor of `HEADS` such rows, which a wgmma takes 32 bytes of at a time: + 2 for each step.
-__device__ __forceinline__ unsigned long long queries_descriptor(const void* q_shared) {
-  const unsigned address = (unsigned)__cvta_generic_to_shared(q_shared);
-  // Swizzle of 128 bytes; 1024 bytes from eight rows to the next; addresses in sixteens.
-  return 1ull << 62 | (unsigned long long)(1024 / 16) << 32 | 1ull << 16 | (address & 0x3ffff) / 16;
-}
-
-__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void wgmma_end() {
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
-
-// acc = a . b of 64 tokens and N heads over 32 bytes, added to acc where `add`. a: rows lane / 4 and + 8 of the warp, bytes
-// lane % 4 * 4 .. + 3 of the first half, then both of the second half.
-template <int N>
-__device__ __forceinline__ void wgmma(float* acc, const unsigned* a, unsigned long long b, bool add);
-
-template <>
-__device__ __forceinline__ void wgmma<32>(float* acc, const unsigned* a, unsigned long long b, bool add) {
-  asm volatile(
-      "{.reg .pred p;\n"
-      "setp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1;}\n"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]), "+f"(acc[6]), "+f"(acc[7]),
-        "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]), "+f"(acc[12]), "+f"(acc[13]), "+f"(acc[14]),
-        "+f"(acc[15])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
-
-template <>
-__device__ __forceinline__ void wgmma<64>(float* acc, const unsigned* a, unsigned long long b, bool add) {
-  asm volatile(
-      "{.reg .pred p;\n"
-      "setp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1;}\n"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]), "+f"(acc[6]), "+f"(acc[7]),
-        "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]), "+f"(acc[12]), "+f"(acc[13]), "+f"(acc[14]),
-        "+f"(acc[15]), "+f"(acc[16]), "+f"(acc[17]), "+f"(acc[18]), "+f"(acc[19]), "+f"(acc[20]), "+f"(acc[21]),
-        "+f"(acc[22]), "+f"(acc[23]), "+f"(acc[24]), "+f"(acc[25]), "+f"(acc[26]), "+f"(acc[27]), "+f"(acc[28]),
-        "+f"(acc[29]), "+f"(acc[30]), "+f"(acc[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
-
-// The scores of a thread's two tokens: a lane adds its heads in ascending order, then the four lanes of a quad add their sums, 0 + 1 and
-// 2 + 3 first. acc: of an m64 wgmma whose columns are the heads; gates: theirs, in shared memory; out[rr]: of row rr * 8 + lane / 4, in
-// every lane. x + |x| is 2 relu(x), see sum_heads.
+// The score of one of a quad's two tokens: a lane adds its heads in ascending order for both, then the four lanes of the quad add their
+// sums, 0 + 1 and 2 + 3 first. Even lanes get that of row lane / 4, odd ones that of row lane / 4 + 8. acc: of an m64 wgmma whose columns
+// are the heads; gates: theirs, in shared memory; scale: of the lane's token. x + |x| is 2 relu(x), see sum_heads.
 template <int HEADS>
-__device__ __forceinline__ void sum_heads_of_quad(const float* acc, const float2* gates, const float* scale,
-                                                  float* out) {
+__device__ __forceinline__ float sum_heads_of_quad(const float* acc, const float2* gates, float scale) {
   float sum[2] = {0.f, 0.f};
 #pragma unroll
   for (int i = 0; i < HEADS / 8; ++i) {
@@ -104,12 +55,11 @@ __device__ __forceinline__ void sum_heads_of_quad(const float* acc, const float2
       sum[rr] = fmaf(gate.y, second + fabsf(second), sum[rr]);
     }
   }
-#pragma unroll
-  for (int rr = 0; rr < 2; ++rr) {
-    sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], 1);
-    sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], 2);
-    out[rr] = sum[rr] * (0.5f * scale[rr]);
-  }
+  const bool odd = threadIdx.x % 2;
+  float mine = odd ? sum[1] : sum[0];
+  mine += __shfl_xor_sync(0xffffffffu, odd ? sum[0] : sum[1], 1);
+  mine += __shfl_xor_sync(0xffffffffu, mine, 2);
+  return mine * (0.5f * scale);
 }
 
 // Scores the first `count` listed tokens: an entry of `scores` is a token's slot of the cache before, and its score as an ordered key after.
@@ -122,26 +72,26 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
   fill_last_tile<THREADS, kTogether>(scores, count);
   const int quad = threadIdx.x % 4;
   unsigned* const mine = scores + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-  const unsigned long long queries = queries_descriptor(aligned(q_room));
+  const unsigned queries = operand(aligned(q_room));
+  // A page is 66 rows of 128 bytes, 64 of keys and 2 of scales.
   const char* pieces = (const char*)keys + quad * 16;
-  long long to_scales = (const char*)scales - pieces;
-  // Kept as they are: the compiler would make them anew, of their parts, for each address.
-  asm("" : "+l"(pieces), "+l"(to_scales));
+  // Kept as it is: the compiler would make it anew, of its parts, for each address.
+  asm("" : "+l"(pieces));
   uint4 key[2][2];
-  float scale[2], acc[HEADS / 2];
+  float scale, acc[HEADS / 2];
 #pragma unroll
   for (int i = 0; i < HEADS / 2; ++i) acc[i] = 0.f;
   const auto load = [&](int first) {
+    unsigned slot[2];
 #pragma unroll
     for (int rr = 0; rr < 2; ++rr) {
-      const unsigned slot = mine[first + rr * 8];
-      // A page is 66 rows of 128 bytes, 64 of keys and 2 of scales.
-      const char* from = pieces + (unsigned long long)(slot + slot / kPage * 2) * kHeadDim;
-      asm("" : "+l"(from));
+      slot[rr] = mine[first + rr * 8];
+      const char* from = pieces + (unsigned long long)(slot[rr] + slot[rr] / kPage * 2) * kHeadDim;
       key[rr][0] = __ldg((const uint4*)from);
       key[rr][1] = __ldg((const uint4*)(from + 64));
-      scale[rr] = __ldg((const float*)(from + to_scales - (int)(slot % kPage) * (kHeadDim - 4)));
     }
+    const unsigned scored = quad % 2 ? slot[1] : slot[0];
+    scale = __ldg((const float*)((const char*)scales + scale_offset(scored)));
   };
   const int last = (count - 1) / kTogether * kTogether;
   if (count > 0) load(0);
@@ -155,16 +105,14 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
                              step % 2 ? high.w : high.y};
       wgmma<HEADS>(acc, a, queries + 2 * step, step > 0);
     }
-    wgmma_end();
-    const float of_tile[2] = {scale[0], scale[1]};
+    wgmma_commit();
+    wgmma_wait<0, HEADS / 2>(acc);
+    const float of_token = scale;
     // Under way while the heads are summed; the last ones come again, which spares a branch.
     load(min(first + kTogether, last));
-    float score[2];
-    sum_heads_of_quad<HEADS>(acc, (const float2*)gates, of_tile, score);
-    if (quad == 0) {
-#pragma unroll
-      for (int rr = 0; rr < 2; ++rr) mine[first + rr * 8] = ordered(score[rr]);
-    }
+    const float score = sum_heads_of_quad<HEADS>(acc, (const float2*)gates, of_token);
+    __syncwarp();  // of the last tile, slots have been read again
+    if (quad < 2) mine[first + quad * 8] = ordered(score);
   }
   __syncthreads();
 }

@@ -44,9 +44,7 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
     ):
         with T.Kernel(rows * ranks, threads=THREADS, cluster_dims=(ranks, 1, 1)) as cta:
             T.import_source(
-                include(
-                    "listed_scores.cuh", "rerank.cuh", kQueriesAlignment=ALIGNMENT
-                )
+                include("listed_scores.cuh", "rerank.cuh", kQueriesAlignment=ALIGNMENT)
             )
             T.annotate_min_blocks_per_sm(3)
             scores = T.alloc_shared((capacity,), T.uint32)
