@@ -14,7 +14,7 @@ constexpr int kScratch = 64;  // ints of shared memory that a kernel sets aside 
 // 0, below all numbers, -infinity included: it passes no comparison of floats either, so selections by floats and by keys agree.
 __device__ __forceinline__ unsigned ordered(float value) {
   const unsigned bits = __float_as_uint(value + 0.f);
-  const unsigned key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const unsigned key = bits ^ ((unsigned)((int)bits >> 31) | 0x80000000u);
   return value == value ? key : 0u;
 }
 

@@ -87,6 +87,29 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
   __syncthreads();
 }
 
+// Counts samples by the next `width` bits of their keys, those above bit `left`: where the bits before are those of `high` in one
+// histogram, else where they are those of `low` in another. FIRST: there are none before.
+template <int THREADS, bool FIRST>
+__device__ __forceinline__ void count_samples(const float* scores, int samples, int left, int width, unsigned high,
+                                              unsigned low, int* high_bins, int* low_bins) {
+  constexpr int kBatch = 8;
+  for (int first = threadIdx.x; first < samples; first += THREADS * kBatch) {
+    float value[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int i = first + u * THREADS;
+      value[u] = i < samples ? scores[i] : 0.f;
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const unsigned key = ordered(value[u]) >> left;
+      const unsigned prefix = FIRST ? high : key >> width, bin = key & ((1u << width) - 1);
+      int* const bins = prefix == high ? high_bins : low_bins;
+      if (first + u * THREADS < samples && (prefix == high || prefix == low)) atomicAdd(&bins[bin], 1);
+    }
+  }
+}
+
 // out[0]: a score that fewer than k of the row's scores should exceed; out[2]: one that at least k should reach; out[1]: one
 // between them. A misjudgement costs time in `select`, nothing else. All the same: the scores that reach it are equal to it
 // or above.
@@ -104,7 +127,6 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
 template <int THREADS>
 __device__ __forceinline__ void thresholds(const float* scores, int length, int k, int shift, int deviations, int room,
                                            int* bins, int* scratch, float* out) {
-  constexpr int kBatch = 8;
   int* const low_bins = bins + kThresholdBins;
   int* const result = scratch + 32;
   // Samples are in the order of their positions.
@@ -127,21 +149,10 @@ __device__ __forceinline__ void thresholds(const float* scores, int length, int 
     const bool apart = high != low;
     clear_bins<THREADS>(bins, 2 * kThresholdBins);
     __syncthreads();
-    for (int first = threadIdx.x; first < samples; first += THREADS * kBatch) {
-      float value[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int i = first + u * THREADS;
-        value[u] = i < samples ? scores[i] : 0.f;
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const unsigned key = ordered(value[u]) >> left;
-        const unsigned prefix = digit ? key >> width : 0, bin = key & ((1u << width) - 1);
-        if (first + u * THREADS >= samples) continue;
-        if (prefix == high) atomicAdd(&bins[bin], 1);
-        if (apart && prefix == low) atomicAdd(&low_bins[bin], 1);
-      }
+    if (digit == 0) {
+      count_samples<THREADS, true>(scores, samples, 32 - kThresholdDigit, kThresholdDigit, high, low, bins, low_bins);
+    } else {
+      count_samples<THREADS, false>(scores, samples, left, width, high, low, bins, low_bins);
     }
     __syncthreads();
     find_two_bins<THREADS>(bins, apart ? low_bins : bins, high_need, low_need,
