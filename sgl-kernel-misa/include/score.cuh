@@ -2,6 +2,7 @@
 #pragma once
 
 #include "barrier.cuh"
+#include "cta.cuh"
 #include "layout.cuh"
 
 namespace misa {
@@ -37,20 +38,37 @@ __device__ __forceinline__ void sum_heads(const float* acc, const float* weights
   }
 }
 
+// A threshold that scores are compared with by the sign of a difference: 0 instead of -0, which would be less than it.
+__device__ __forceinline__ float as_threshold(float threshold) { return threshold + 0.f; }
+
+// The highest number below a threshold, or -inf: scores that are over it reach the threshold. (A score of -inf is over none, whatever the
+// threshold; it counts as below, where it belongs if any does.)
+__device__ __forceinline__ float below_threshold(float threshold) {
+  return from_ordered(max(key_below(ordered(threshold)), kLeastNumber));
+}
+
 // Adds one page's scores to a lane's words of two bit planes, words[g] and words[GROUPS + g]: bits 11 for scores over high[g],
-// 10 for others over middle[g], 01 for others not under low[g]. first_bit is 1 << 2 * (page % 16).
+// 10 for others over middle[g], 01 for others over below[g]; they come in at the bottom. A difference with what is not a number, also that of
+// equal infinities, has no sign, and passes no comparison.
 template <int GROUPS>
-__device__ __forceinline__ void mark_page(const float* score, const float* high, const float* middle, const float* low,
-                                          unsigned first_bit, unsigned* words) {
+__device__ __forceinline__ void mark_page(const float* score, const float* high, const float* middle,
+                                          const float* below, unsigned* words) {
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
 #pragma unroll
     for (int rr = 0; rr < 2; ++rr) {
       const float value = score[g * 2 + rr];
-      if (value > middle[g]) words[g] |= first_bit << rr;
-      if ((value > high[g]) ^ (value > middle[g]) ^ (value >= low[g])) words[GROUPS + g] |= first_bit << rr;
+      const unsigned over_high = __float_as_uint(high[g] - value), over_middle = __float_as_uint(middle[g] - value),
+                     over_low = __float_as_uint(below[g] - value);
+      words[g] = __funnelshift_l(over_middle, words[g], 1);
+      words[GROUPS + g] = __funnelshift_l(over_high ^ over_middle ^ over_low, words[GROUPS + g], 1);
     }
   }
+}
+
+// A word of a plane, of what came in from its first `pages` pages; the bits of others are clear.
+__device__ __forceinline__ unsigned word_of_pages(unsigned marks, int pages) {
+  return __brev(marks) >> (32 - 2 * pages);
 }
 
 // Scores of tokens that a query does not see become NaN, which passes no comparison; of forced tokens (the first `init` and

@@ -9,6 +9,7 @@ order of the columns.
 from types import SimpleNamespace
 
 import tilelang.language as T
+from tilelang.layout import make_full_bank_swizzled_layout
 
 from misa_kernels.accumulator import row_of
 from misa_kernels.constants import (
@@ -49,19 +50,27 @@ def get_score_kernel(heads: int, mode: str):
     )
 
     @T.macro
-    def multiply(cta, acc, page):
+    def begin(cta, acc, page):
+        """Begins to multiply a page, once it is there."""
         T.mbarrier_wait_parity(cta.full[page % STAGES], (page // STAGES) % 2)
-        T.wgmma_gemm(
-            cta.k_shared[page % STAGES, :, :],
-            cta.q_shared,
-            acc,
-            transpose_B=True,
-            clear_accum=True,
-            policy=T.GemmWarpPolicy.FullCol,
+        T.call_extern(
+            "handle",
+            f"misa::begin_page<{columns}>",
+            acc.data,
+            cta.k_shared.data,
+            page % STAGES,
+            cta.q_shared.data,
+            cta.group,
         )
 
     @T.macro
-    def sum_heads(cta, acc, page):
+    def wait(acc, later):
+        """Waits for the products in `acc`, which `later` others were begun after."""
+        T.call_extern("handle", f"misa::wgmma_wait<{later}, {columns // 2}>", acc.data)
+
+    @T.macro
+    def finish(cta, acc, page):
+        """Sums the heads of a page's products; then stores its scores, or adds its bits to the lane's words and these every 16th page."""
         tx = T.get_thread_binding()
         scale = T.alloc_local((2,), T.float32)
         for rr in T.unroll(2):
@@ -69,7 +78,6 @@ def get_score_kernel(heads: int, mode: str):
         T.sync_warp()
         if tx % 32 == 0:
             T.mbarrier_arrive(cta.empty[page % STAGES])
-        T.warpgroup_fence_operand(acc.data, 0, columns // 2, "float32")
         T.call_extern(
             "handle",
             f"misa::sum_heads<{heads}, {groups}>",
@@ -79,12 +87,6 @@ def get_score_kernel(heads: int, mode: str):
             cta.rectified,
             cta.scores.data,
         )
-
-    @T.macro
-    def finish(cta, acc, page):
-        """Sums a page's heads; then stores its scores, or adds its bits to the lane's words and these every 16th page."""
-        sum_heads(cta, acc, page)
-        tx = T.get_thread_binding()
         token = (cta.p0 + page) * PAGE_SIZE + row_of(tx % 128)
         if planes:
             if (cta.p0 + page) * PAGE_SIZE < cta.init_tokens or (
@@ -105,8 +107,7 @@ def get_score_kernel(heads: int, mode: str):
                 cta.scores.data,
                 cta.high.data,
                 cta.middle.data,
-                cta.low.data,
-                T.uint32(1) << T.cast(page % SPAN_PAGES * 2, T.uint32),
+                cta.below.data,
                 cta.words.data,
             )
             if page % SPAN_PAGES == SPAN_PAGES - 1 or page == cta.padded_pages - 1:
@@ -117,10 +118,12 @@ def get_score_kernel(heads: int, mode: str):
                 )
                 for g in T.unroll(groups):
                     for plane in T.unroll(2):
-                        cta.out[cta.slot + g * 4, plane, word] = cta.words[
-                            plane * groups + g
-                        ]
-                        cta.words[plane * groups + g] = T.uint32(0)
+                        cta.out[cta.slot + g * 4, plane, word] = T.call_extern(
+                            "uint32",
+                            "misa::word_of_pages",
+                            cta.words[plane * groups + g],
+                            page % SPAN_PAGES + 1,
+                        )
         elif page < cta.num_pages:
             for g in T.unroll(groups):
                 for rr in T.unroll(2):
@@ -131,8 +134,8 @@ def get_score_kernel(heads: int, mode: str):
     @T.macro
     def overlap(cta, acc, other, page):
         """Finishes a page, whose products are in `acc`, while the next one is multiplied."""
-        multiply(cta, other, page + 1)
-        T.warpgroup_wait(1)
+        begin(cta, other, page + 1)
+        wait(acc, 1)
         finish(cta, acc, page)
 
     @T.prim_func
@@ -162,7 +165,7 @@ def get_score_kernel(heads: int, mode: str):
         shared: T.int32,
     ):
         with T.Kernel(tiles, splits, threads=384) as (bx, by):
-            T.import_source(include("queries.cuh", "score.cuh"))
+            T.import_source(include("queries.cuh", "score.cuh", "wgmma.cuh"))
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
             T.pdl_sync()
@@ -171,14 +174,16 @@ def get_score_kernel(heads: int, mode: str):
             s_shared = T.alloc_shared((STAGES, PAGE_SIZE), T.float32)
             full = T.alloc_barrier([32] * STAGES)
             empty = T.alloc_barrier([8] * STAGES)
-            acc = T.alloc_fragment((PAGE_SIZE, 2 * columns), T.float32)
-            next_acc = T.alloc_fragment((PAGE_SIZE, 2 * columns), T.float32)
+            # Rows of 128 bytes, swizzled by 128 bytes: what a wgmma reads.
+            T.annotate_layout({k_shared: make_full_bank_swizzled_layout(k_shared)})
+            acc = T.alloc_local((columns // 2,), T.float32)
+            next_acc = T.alloc_local((columns // 2,), T.float32)
             gate = T.alloc_local((groups * heads,), T.float32)
             scores = T.alloc_local((groups * 2,), T.float32)
             length = T.alloc_local((groups,), T.int32)
             high = T.alloc_local((groups,), T.float32)
             middle = T.alloc_local((groups,), T.float32)
-            low = T.alloc_local((groups,), T.float32)
+            below = T.alloc_local((groups,), T.float32)
             words = T.alloc_local((2 * groups,), T.uint32)
             shortest = T.alloc_var(T.int32)
             row0 = T.alloc_var(T.int32)
@@ -186,8 +191,8 @@ def get_score_kernel(heads: int, mode: str):
             p0 = T.alloc_var(T.int32)
             num_pages = T.alloc_var(T.int32)
             padded_pages = T.alloc_var(T.int32)
+            group = T.alloc_var(T.int32)
             tx = T.get_thread_binding()
-            group = tx // 128
 
             tile = first_tile + bx
             seq = T.call_extern(
@@ -207,7 +212,9 @@ def get_score_kernel(heads: int, mode: str):
                 p0 = by * split_pages
                 num_pages = T.min(num_pages - p0, split_pages)
                 # The last page may come again, to make whole rounds.
-                padded_pages = T.ceildiv(num_pages, ROUND) * ROUND
+                padded_pages = (
+                    T.ceildiv(num_pages, ROUND) * ROUND if pipelined else num_pages
+                )
                 if num_pages > 0 and lengths[row1 - 1] > topk:
                     with T.ws(2):
                         T.set_max_nreg(24, 0)
@@ -252,6 +259,7 @@ def get_score_kernel(heads: int, mode: str):
                             q_shared.data,
                         )
                         T.call_extern("handle", "misa::sync_some<256>")
+                        group = T.call_extern("int32", "misa::warpgroup")
                         slot = bx * tile_rows + group * group_rows + tx % 4
                         rectified = T.cast(1 - shared, T.float32)
                         shortest = 2147483647
@@ -273,9 +281,21 @@ def get_score_kernel(heads: int, mode: str):
                                 T.address_of(gate[g * heads]),
                             )
                             if planes:
-                                high[g] = thresholds[slot + g * 4, 0]
-                                middle[g] = thresholds[slot + g * 4, 1]
-                                low[g] = thresholds[slot + g * 4, 2]
+                                high[g] = T.call_extern(
+                                    "float32",
+                                    "misa::as_threshold",
+                                    thresholds[slot + g * 4, 0],
+                                )
+                                middle[g] = T.call_extern(
+                                    "float32",
+                                    "misa::as_threshold",
+                                    thresholds[slot + g * 4, 1],
+                                )
+                                below[g] = T.call_extern(
+                                    "float32",
+                                    "misa::below_threshold",
+                                    thresholds[slot + g * 4, 2],
+                                )
                             shortest = T.min(shortest, length[g])
                             for plane in T.unroll(2):
                                 words[plane * groups + g] = T.uint32(0)
@@ -285,6 +305,7 @@ def get_score_kernel(heads: int, mode: str):
                             q_shared=q_shared,
                             full=full,
                             empty=empty,
+                            group=group,
                             gate=gate,
                             rectified=rectified,
                             scores=scores,
@@ -292,7 +313,7 @@ def get_score_kernel(heads: int, mode: str):
                             shortest=shortest,
                             high=high,
                             middle=middle,
-                            low=low,
+                            below=below,
                             words=words,
                             slot=slot,
                             p0=p0,
@@ -306,25 +327,16 @@ def get_score_kernel(heads: int, mode: str):
                             # The tensor cores multiply the next page while the scores of one are summed. No product is left
                             # in flight around the loop: the compiler would wait for each.
                             for i in T.serial(padded_pages // ROUND):
-                                multiply(cta, acc, i * ROUND)
+                                begin(cta, acc, i * ROUND)
                                 overlap(cta, acc, next_acc, i * ROUND)
                                 overlap(cta, next_acc, acc, i * ROUND + 1)
                                 overlap(cta, acc, next_acc, i * ROUND + 2)
-                                T.warpgroup_wait(0)
+                                wait(next_acc, 0)
                                 finish(cta, next_acc, i * ROUND + 3)
                         else:
-                            for i in T.serial(padded_pages):
-                                T.mbarrier_wait_parity(
-                                    full[i % STAGES], (i // STAGES) % 2
-                                )
-                                T.gemm(
-                                    k_shared[i % STAGES, :, :],
-                                    q_shared,
-                                    acc,
-                                    transpose_B=True,
-                                    clear_accum=True,
-                                    policy=T.GemmWarpPolicy.FullCol,
-                                )
-                                finish(cta, acc, i)
+                            for page in T.serial(num_pages):
+                                begin(cta, acc, page)
+                                wait(acc, 0)
+                                finish(cta, acc, page)
 
     return score

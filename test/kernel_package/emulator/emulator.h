@@ -152,6 +152,11 @@ To bits_of(From value) {
 inline unsigned __float_as_uint(float value) { return bits_of<unsigned>(value); }
 inline float __uint_as_float(unsigned bits) { return bits_of<float>(bits); }
 inline float __int_as_float(int bits) { return bits_of<float>(bits); }
+inline unsigned __brev(unsigned bits) {
+  unsigned result = 0;
+  for (int i = 0; i < 32; ++i) result |= (bits >> i & 1) << (31 - i);
+  return result;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
 inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }

@@ -8,6 +8,7 @@
 #include "decode_select.cuh"
 #include "rerank.cuh"
 #include "route.cuh"
+#include "score.cuh"
 #include "select.cuh"
 #include "threshold.cuh"
 
@@ -163,10 +164,27 @@ bool rerank() {
   return same("rerank", row, k, best(row.scores, row.length, k), out);
 }
 
-// What `score` leaves of a score, as `mark_page` does: plane 0, plane 1.
+// What `score` leaves of a score: plane 0, plane 1.
 std::pair<bool, bool> marks(float score, const float* threshold) {
   const bool high = score > threshold[0], middle = score > threshold[1], low = score >= threshold[2];
   return {middle, high ^ middle ^ low};
+}
+
+// The words of both planes as a lane of `score` collects them.
+std::pair<unsigned, unsigned> marks_of_word(const Row& row, int word, const float* threshold) {
+  const float high = misa::as_threshold(threshold[0]), middle = misa::as_threshold(threshold[1]),
+              below = misa::below_threshold(threshold[2]);
+  const int first = word / 32 * misa::kSpan, pages = std::min((row.length - first + 63) / 64, 16);
+  unsigned words[2] = {~0u, ~0u};  // whatever is left of a span before
+  for (int page = 0; page < pages; ++page) {
+    float score[2];
+    for (int rr = 0; rr < 2; ++rr) {
+      const int position = misa::plane_position(word, page * 2 + rr);
+      score[rr] = position < row.length ? row.scores[position] : bits_of<float>(0x7fffffff);
+    }
+    misa::mark_page<1>(score, &high, &middle, &below, words);
+  }
+  return {misa::word_of_pages(words[0], pages), misa::word_of_pages(words[1], pages)};
 }
 
 // `threshold`, then `select` with the scores looked up instead of computed. misled: 1 and 2 are thresholds that bracket nothing.
@@ -196,6 +214,16 @@ bool prefill_select() {
       const auto [first, second] = marks(row.scores[position], threshold);
       planes[0][word] |= (unsigned)first << bit;
       planes[1][word] |= (unsigned)second << bit;
+    }
+  }
+  // Of numbers alone: what becomes of the sign of anything else is the GPU's own.
+  const auto finite = [](float score) { return std::isfinite(score); };
+  if (std::all_of(row.scores.begin(), row.scores.begin() + length, finite)) {
+    for (int word = 0; word < words; ++word) {
+      if (marks_of_word(row, word, threshold) != std::pair(planes[0][word], planes[1][word])) {
+        std::printf("marks: kind %d, length %d, word %d\n", row.kind, length, word);
+        return false;
+      }
     }
   }
   std::vector<int> out = output_of(k);
