@@ -174,8 +174,13 @@ def get_score_kernel(heads: int, mode: str):
             s_shared = T.alloc_shared((STAGES, PAGE_SIZE), T.float32)
             full = T.alloc_barrier([32] * STAGES)
             empty = T.alloc_barrier([8] * STAGES)
-            # Rows of 128 bytes, swizzled by 128 bytes: what a wgmma reads.
-            T.annotate_layout({k_shared: make_full_bank_swizzled_layout(k_shared)})
+            # What a wgmma reads: rows of 128 bytes, swizzled by 128 bytes and so aligned to 1024.
+            T.annotate_layout(
+                {
+                    k_shared: make_full_bank_swizzled_layout(k_shared),
+                    q_shared: make_full_bank_swizzled_layout(q_shared),
+                }
+            )
             acc = T.alloc_local((columns // 2,), T.float32)
             next_acc = T.alloc_local((columns // 2,), T.float32)
             gate = T.alloc_local((groups * heads,), T.float32)
