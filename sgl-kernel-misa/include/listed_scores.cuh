@@ -73,7 +73,6 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
   const int quad = threadIdx.x % 4;
   unsigned* const mine = scores + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const unsigned queries = operand(aligned(q_room));
-  // A page is 66 rows of 128 bytes, 64 of keys and 2 of scales.
   const char* pieces = (const char*)keys + quad * 16;
   // Kept as it is: the compiler would make it anew, of its parts, for each address.
   asm("" : "+l"(pieces));
@@ -86,6 +85,7 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
 #pragma unroll
     for (int rr = 0; rr < 2; ++rr) {
       slot[rr] = mine[first + rr * 8];
+      // A page is 66 rows of 128 bytes, 64 of keys and 2 of scales.
       const char* from = pieces + (unsigned long long)(slot[rr] + slot[rr] / kPage * 2) * kHeadDim;
       key[rr][0] = __ldg((const uint4*)from);
       key[rr][1] = __ldg((const uint4*)(from + 64));
@@ -97,7 +97,7 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
   if (count > 0) load(0);
 #pragma unroll 1
   for (int first = 0; first < count; first += kTogether) {
-    wgmma_begin();
+    tl::warpgroup_arrive();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       const uint4 low = key[0][step / 2], high = key[1][step / 2];
@@ -105,8 +105,9 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
                              step % 2 ? high.w : high.y};
       wgmma<HEADS>(acc, a, queries + 2 * step, step > 0);
     }
-    wgmma_commit();
-    wgmma_wait<0, HEADS / 2>(acc);
+    tl::warpgroup_commit_batch();
+    tl::warpgroup_wait<0>();
+    tl::warpgroup_fence_operand(acc, HEADS / 2);
     const float of_token = scale;
     // Under way while the heads are summed; the last ones come again, which spares a branch.
     load(min(first + kTogether, last));

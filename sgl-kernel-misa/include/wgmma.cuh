@@ -1,9 +1,10 @@
 // Products on the tensor cores of a warpgroup: FP8 keys, 64 of them, by the queries that lie in shared memory.
 //
 // Why this is CUDA: TileLang works out the operands' addresses anew for each product, in every thread; here a warp does, and only what
-// changes from one to the next. Its templates for the instruction itself are used.
+// changes from one to the next. Its templates for the instructions themselves are used.
 #pragma once
 
+#include <tl_templates/cuda/intrin.h>
 #include <tl_templates/cuda/instruction/wgmma.h>
 
 #include "layout.cuh"
@@ -25,19 +26,6 @@ __device__ __forceinline__ unsigned operand(const void* rows) {
 __device__ __forceinline__ unsigned long long descriptor(unsigned operand) {
   return (unsigned long long)(1u << 30 | 1024 / 16) << 32 | operand;
 }
-
-__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-// Waits for all that was begun but the last LATER groups. acc: the products that are complete then, N of a thread, none of which the
-// compiler takes before.
-template <int LATER, int N>
-__device__ __forceinline__ void wgmma_wait(float* acc) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-}
-
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // acc = keys . queries over 32 of their 128 bytes, added to acc where `add`; COLUMNS queries.
 template <int COLUMNS>
@@ -63,12 +51,11 @@ __device__ __forceinline__ void begin_page(float* acc, const void* keys, int sta
                                            int warpgroup) {
   const unsigned a = operand((const char*)keys + stage * kPage * kHeadDim),
                  b = operand((const char*)queries + warpgroup * COLUMNS * kHeadDim);
-#pragma unroll
-  for (int i = 0; i < COLUMNS / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-  wgmma_begin();
+  tl::warpgroup_fence_operand(acc, COLUMNS / 2);
+  tl::warpgroup_arrive();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 32; ++step) wgmma<COLUMNS>(acc, a + 2 * step, b + 2 * step, step > 0);
-  wgmma_commit();
+  tl::warpgroup_commit_batch();
 }
 
 }  // namespace misa

@@ -8,7 +8,8 @@ from misa_kernels.headers import BINS, SCRATCH, include
 from misa_kernels.paged_cache import PAGE_WORDS
 
 THREADS = 256
-TILE = THREADS // 128 * 64  # tokens that the warpgroups multiply at a time
+LISTED_TILE = 64  # tokens that a warpgroup multiplies at a time
+TILE = THREADS // 128 * LISTED_TILE
 ALIGNMENT = 1024  # bytes, of the queries
 
 
@@ -44,7 +45,12 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
     ):
         with T.Kernel(rows * ranks, threads=THREADS, cluster_dims=(ranks, 1, 1)) as cta:
             T.import_source(
-                include("listed_scores.cuh", "rerank.cuh", kQueriesAlignment=ALIGNMENT)
+                include(
+                    "listed_scores.cuh",
+                    "rerank.cuh",
+                    kListedTile=LISTED_TILE,
+                    kQueriesAlignment=ALIGNMENT,
+                )
             )
             T.annotate_min_blocks_per_sm(3)
             scores = T.alloc_shared((capacity,), T.uint32)

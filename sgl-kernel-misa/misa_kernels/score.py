@@ -66,7 +66,8 @@ def get_score_kernel(heads: int, mode: str):
     @T.macro
     def wait(acc, later):
         """Waits for the products in `acc`, which `later` others were begun after."""
-        T.call_extern("handle", f"misa::wgmma_wait<{later}, {columns // 2}>", acc.data)
+        T.warpgroup_wait(later)
+        T.warpgroup_fence_operand(acc.data, 0, columns // 2, "float32")
 
     @T.macro
     def finish(cta, acc, page):
