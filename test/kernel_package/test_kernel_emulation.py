@@ -25,6 +25,6 @@ def selections(tmp_path_factory):
 
 def test_selections(selections):
     # As many rows as there are kinds: every selection sees each kind. The first number is a seed.
-    command = [selections, "0", "18"]
+    command = [selections, "0", "21"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stdout
