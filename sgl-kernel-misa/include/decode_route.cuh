@@ -230,7 +230,7 @@ __device__ __forceinline__ void route_sequence(const void* q, const float* weigh
   if (RANKS > 1) cluster_arrive();  // the other CTAs' sums were read
   __syncthreads();                  // the keys are written
   for (int i = 0; i * RANKS + rank < rows; ++i) {
-    pick_heads(keys + i * HEADS, HEADS, active_heads, votes + i * 2, out + (i * RANKS + rank) * active_heads);
+    pick_heads<HEADS>(keys + i * HEADS, active_heads, votes + i * 2, out + (i * RANKS + rank) * active_heads);
   }
   if (RANKS > 1) cluster_wait();  // no other CTA still reads this one's sums
 }

@@ -32,27 +32,43 @@ __device__ __forceinline__ float quad_sum(float value) {
 // What is not a number is above all numbers and equal among itself, as torch's descending sort has it.
 __device__ __forceinline__ unsigned head_key(float estimate) { return estimate == estimate ? ordered(estimate) : ~0u; }
 
-// Writes the `count` heads of the largest keys, ascending; of equal keys the lower head. count <= heads <= 64; keys (in shared
-// memory, one a head) were written before a barrier; votes: 2 words of shared memory. Every thread of a CTA of at least 64 must
-// call this.
+// Writes the `count` heads of the largest keys, ascending; of equal keys the lower head. Every thread of a CTA of at least 128 must call
+// this. Both in shared memory: keys, of `head_key` and hence none 0, one a head, 16-byte aligned, written before a barrier; votes, 2
+// words, which have a bit for each head behind the barrier in here.
 //
 // Keys and heads together have a strict order, whatever the bits are, so the ranks are a permutation and exactly `count` heads are
 // chosen. The writes are bounded all the same.
-__device__ __forceinline__ void pick_heads(const unsigned* keys, int heads, int count, unsigned* votes, int* out) {
-  const int head = threadIdx.x;
+template <int HEADS>
+__device__ __forceinline__ void pick_heads(const unsigned* keys, int count, unsigned* votes, int* out) {
+  static_assert(HEADS == 32 || HEADS == 64, "sixteen heads a warp, of the first two or four");
+  // Two lanes a head: each compares it with half of all heads.
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int head = warp * 16 + lane % 16, first = lane / 16 * (HEADS / 2);
   bool chosen = false;
-  if (head < heads) {
+  unsigned vote = 0;
+  if (warp * 16 < HEADS) {
     const unsigned mine = keys[head];
+    const int heads_before = head - first;
     int rank = 0;
-#pragma unroll 8
-    for (int j = 0; j < heads; ++j) rank += keys[j] > mine || (keys[j] == mine && j < head);
-    chosen = rank < count;
+#pragma unroll
+    for (int i = 0; i < HEADS / 2; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(keys + first + i);
+      const unsigned others[4] = {four.x, four.y, four.z, four.w};
+      // Of equal keys those of the heads before it count.
+#pragma unroll
+      for (int u = 0; u < 4; ++u) rank += others[u] > mine - (i + u < heads_before);
+    }
+    rank += __shfl_xor_sync(0xffffffffu, rank, 16);
+    chosen = rank < count && lane < 16;
+    vote = __ballot_sync(0xffffffffu, chosen);
+    if (lane == 0) reinterpret_cast<unsigned short*>(votes)[warp] = (unsigned short)vote;
   }
-  const unsigned vote = __ballot_sync(0xffffffffu, chosen);
-  if (head % 32 == 0 && head < 64) votes[head / 32] = vote;
   __syncthreads();
-  const int before = (head < 32 ? 0 : __popc(votes[0])) + __popc(vote & ((1u << head % 32) - 1));
-  if (chosen && before < count) out[before] = head;
+  if (chosen) {
+    int before = __popc(vote & ((1u << lane) - 1));
+    for (int i = 0; i < warp; ++i) before += __popc(reinterpret_cast<const unsigned short*>(votes)[i]);
+    if (before < count) out[before] = head;
+  }
 }
 
 }  // namespace misa

@@ -91,24 +91,33 @@ __device__ __forceinline__ float common_scale(const float* scales, int n) {
   return __uint_as_float((unsigned)(254 - min(max(exponent, 1), 253)) << 23);
 }
 
+// Writes the scales of n samples, times `common_scale`, and zeros behind them, to `scaled`. Two barriers must enclose this.
+__device__ __forceinline__ void scale_samples(const float* scales, int n, float* scaled) {
+  const float common = common_scale(scales, n);
+#pragma unroll
+  for (int i = threadIdx.x; i < kSamples; i += kRouterThreads) scaled[i] = i < n ? scales[i] * common : 0.f;
+}
+
 // The slopes of HEADS heads, and their estimates as keys (`head_key`), from an m64 accumulator of their dot products with the
-// samples, of which the row has n.
+// samples, of which the row has n. scaled: what `scale_samples` wrote, 8-byte aligned.
 // A NaN or the product of a sample that the row does not have counts as nothing.
 template <int HEADS>
-__device__ __forceinline__ void fit_lines(const float* acc, const float* scales, int n, const float* weights,
+__device__ __forceinline__ void fit_lines(const float* acc, const float* scaled, int n, const float* weights,
                                           float* slopes, unsigned* ranked) {
   const int lane = threadIdx.x % 32;
-  const float common = common_scale(scales, n);
+  // Two lanes of the quad fit one head each, in the end. Its weight is on its way from here on.
+  const int head = threadIdx.x / 32 * 16 + lane / 4 + lane % 4 * 8;
+  const bool fits = lane % 4 < 2 && head < HEADS;
+  const float weight = fits ? weights[head] : 0.f;
   Moments sums[2] = {};
 #pragma unroll
   for (int i = 0; i < kSamples / 8; ++i) {
+    const float2 pair = *reinterpret_cast<const float2*>(scaled + i * 8 + lane % 4 * 2);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      const int sample = i * 8 + lane % 4 * 2 + b;
-      const float scale = sample < n ? scales[sample] * common : 0.f;
 #pragma unroll
       for (int rr = 0; rr < 2; ++rr) {
-        const float x = scale * acc[i * 4 + rr * 2 + b], r = fmaxf(x, 0.f), m = fminf(x, 0.f);
+        const float x = (b ? pair.y : pair.x) * acc[i * 4 + rr * 2 + b], r = fmaxf(x, 0.f), m = fminf(x, 0.f);
         sums[rr].above += r;
         sums[rr].above_squares = fmaf(r, r, sums[rr].above_squares);
         sums[rr].below += m;
@@ -123,14 +132,12 @@ __device__ __forceinline__ void fit_lines(const float* acc, const float* scales,
     sums[rr].below = quad_sum(sums[rr].below);
     sums[rr].below_squares = quad_sum(sums[rr].below_squares);
   }
-  // Two lanes of the quad fit one head each.
-  const int head = threadIdx.x / 32 * 16 + lane / 4 + lane % 4 * 8;
-  if (lane % 4 < 2 && head < HEADS) {
+  if (fits) {
     const bool first = lane % 4 == 0;
     const Moments mine = {first ? sums[0].above : sums[1].above, first ? sums[0].above_squares : sums[1].above_squares,
                           first ? sums[0].below : sums[1].below, first ? sums[0].below_squares : sums[1].below_squares};
     float estimate;
-    fit_line(mine, n, weights[head], slopes[head], estimate);
+    fit_line(mine, n, weight, slopes[head], estimate);
     ranked[head] = head_key(estimate);
   }
 }

@@ -119,9 +119,8 @@ def get_route_kernel(num_heads: int):
             T.sync_threads()  # the keys are written
             T.call_extern(
                 "handle",
-                "misa::pick_heads",
+                f"misa::pick_heads<{num_heads}>",
                 T.address_of(head_keys[0]),
-                num_heads,
                 active_heads,
                 T.address_of(votes[0]),
                 T.address_of(out[row, 0]),

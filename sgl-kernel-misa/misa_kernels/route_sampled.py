@@ -58,6 +58,7 @@ def get_route_sampled_kernel(num_heads: int):
             q_shared = T.alloc_shared((2, COLUMNS, HEAD_DIM), T.float8_e4m3fn)
             k_shared = T.alloc_shared((SAMPLES, HEAD_DIM), T.float8_e4m3fn)
             s_shared = T.alloc_shared((SAMPLES,), T.float32)
+            scaled = T.alloc_shared((SAMPLES,), T.float32)
             ranked = T.alloc_shared((COLUMNS,), T.uint32)  # the estimates, as keys
             slopes = T.alloc_shared((COLUMNS,), T.float32)
             factors = T.alloc_shared((COLUMNS,), T.float32)
@@ -71,6 +72,7 @@ def get_route_sampled_kernel(num_heads: int):
             length = T.alloc_var(T.int32)
             shift = T.alloc_var(T.int32)
             copied = T.alloc_var(T.int32)
+            samples = T.alloc_var(T.int32)  # that `scaled` is for
             tx = T.get_thread_binding()
 
             # In decode, `decode_score` may start: until it has the heads it reads only what was there before this kernel.
@@ -105,6 +107,7 @@ def get_route_sampled_kernel(num_heads: int):
                     row1 = cu_rows[seq + 1]
                 row1 = T.min(row1, row0 + tile_rows)
             copied = -1
+            samples = -1
             if row0 < row1:
                 T.call_extern(
                     "handle",
@@ -137,6 +140,7 @@ def get_route_sampled_kernel(num_heads: int):
                     shift = T.call_extern("int32", "misa::sample_stride_shift", length)
                     if shift != copied:
                         copied = shift
+                        samples = -1
                         T.call_extern(
                             "handle",
                             "misa::copy_samples",
@@ -147,6 +151,16 @@ def get_route_sampled_kernel(num_heads: int):
                             T.shift_right(lengths[row1 - 1], shift) - 1,
                             T.address_of(k_shared[0, 0]),
                             T.address_of(s_shared[0]),
+                        )
+                    if T.shift_right(length, shift) != samples:
+                        samples = T.shift_right(length, shift)
+                        T.sync_threads()
+                        T.call_extern(
+                            "handle",
+                            "misa::scale_samples",
+                            T.address_of(s_shared[0]),
+                            samples,
+                            T.address_of(scaled[0]),
                         )
                     T.call_extern("handle", "misa::wait_gathered<1>")
                     T.sync_threads()
@@ -161,8 +175,8 @@ def get_route_sampled_kernel(num_heads: int):
                         "handle",
                         f"misa::fit_lines<{num_heads}>",
                         acc.data,
-                        T.address_of(s_shared[0]),
-                        T.shift_right(length, shift),
+                        T.address_of(scaled[0]),
+                        samples,
                         T.address_of(weights[row, 0]),
                         T.address_of(slopes[0]),
                         T.address_of(ranked[0]),
@@ -170,9 +184,8 @@ def get_route_sampled_kernel(num_heads: int):
                     T.sync_threads()
                     T.call_extern(
                         "handle",
-                        "misa::pick_heads",
+                        f"misa::pick_heads<{num_heads}>",
                         T.address_of(ranked[0]),
-                        num_heads,
                         routed,
                         T.address_of(votes[0]),
                         T.address_of(heads[row, 0]),

@@ -286,7 +286,13 @@ bool pick_heads() {
   unsigned votes[2];
   std::vector<unsigned> keys(heads);
   for (int i = 0; i < heads; ++i) keys[i] = misa::head_key(row.scores[i]);
-  emulator::run(1, threads, [&](int) { misa::pick_heads(keys.data(), heads, k, votes, out.data()); });
+  emulator::run(1, threads, [&](int) {
+    if (heads == 32) {
+      misa::pick_heads<32>(keys.data(), k, votes, out.data());
+    } else {
+      misa::pick_heads<64>(keys.data(), k, votes, out.data());
+    }
+  });
   return same("pick_heads", row, k, best(row.scores, heads, k, true), out);
 }
 
