@@ -66,7 +66,8 @@ __device__ __forceinline__ void copy_queries(const void* q, const int* active, c
   fence_async();
 }
 
-// The queries of one row for `select`, whose columns belong to four rows: the other three are zero.
+// Begins to copy the queries of one row for `select`, whose columns belong to four rows: the other three are zero. Closes a group of
+// copies.
 template <int SLOTS, int THREADS>
 __device__ __forceinline__ void copy_queries_of_row(const void* q, const int* active, const void* shared_q,
                                                     int num_heads, int active_heads, int shared, int row,
@@ -81,8 +82,7 @@ __device__ __forceinline__ void copy_queries_of_row(const void* q, const int* ac
       copy_query<SLOTS>(queries, row, slot, piece, q_shared, column);
     }
   }
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  fence_async();
+  asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 // The gates of a row's slots, to registers.

@@ -282,15 +282,15 @@ __device__ __forceinline__ int ties_selected(const int* candidates, const int* r
 }
 
 // Writes the selected positions in ascending order: the selected bits, and the first `extra` candidates. selected: the number of
-// selected bits in each warp's share. The words were written by this CTA, through L2.
+// selected bits in each warp's share; stage: kSpan ints a warp. The words were written by this CTA, through L2.
 template <int THREADS>
 __device__ __forceinline__ void emit(const unsigned* above, const unsigned* within, int words, int length, bool narrow,
                                      int extra, const int* selected, int form, const int* pages, int offset,
-                                     int* scratch, int* out) {
+                                     int* scratch, void* stage, int* out) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Share share = share_of_warp<THREADS>(words);
-  int slot = 0, room = 0;  // of this warp: where its tokens go, and how many candidates it adds
-  for (int i = 0; i < warp; ++i) slot += selected[i];
+  int room = 0;  // of this warp: how many candidates it adds
+  for (int i = 0; i < warp; ++i) out += selected[i];
   if (extra) {  // uniform in the CTA
     int ties = 0, before = 0;
 #pragma unroll 4
@@ -300,11 +300,22 @@ __device__ __forceinline__ void emit(const unsigned* above, const unsigned* with
     if (lane == 0) scratch[warp] = ties;
     __syncthreads();
     for (int i = 0; i < warp; ++i) before += scratch[i];
-    slot += min(extra, before);
+    out += min(extra, before);
     room = min(max(extra - before, 0), ties);
   }
   const NaturalOrder natural_order;
   const WarpScan scan;
+  // Positions of some spans, which then go out side by side: one by one each would be a transaction of its own.
+  int* const staged = (int*)stage + warp * kSpan;
+  int num_staged = 0;
+  const auto flush = [&]() {
+    __syncwarp();
+#pragma unroll 4
+    for (int i = lane; i < num_staged; i += 32) out[i] = staged[i];
+    __syncwarp();
+    out += num_staged;
+    num_staged = 0;
+  };
   // Of the next span: this lane's words of the planes, its page, and what the first of its 32 tokens is written as; they lie in one page.
   const unsigned* to_above = above + share.first + lane;
   const unsigned* to_within = within + share.first + lane;
@@ -327,17 +338,31 @@ __device__ __forceinline__ void emit(const unsigned* above, const unsigned* with
     if (first + 32 < share.last) load();
     if (room > 0) {  // uniform in the warp
       unsigned tied = natural_order(__ldcg(&within[first + lane]) & ~stored);
-      const int inclusive = warp_inclusive_scan(__popc(tied));
+      const int inclusive = scan.inclusive(__popc(tied));
       const int left = max(room - (inclusive - __popc(tied)), 0);
       while (__popc(tied) > left) tied &= ~(0x80000000u >> __clz(tied));
       word |= tied;
       room -= __shfl_sync(0xffffffffu, inclusive, 31);
     }
-    const int inclusive = scan.inclusive(__popc(word));
-    int* to = out + slot + inclusive - __popc(word);
-    slot += __shfl_sync(0xffffffffu, inclusive, 31);
-    for (; word; word &= word - 1) *to++ = index + __ffs(word) - 1;
+    const int inclusive = scan.inclusive(__popc(word)), total = __shfl_sync(0xffffffffu, inclusive, 31);
+    if (num_staged + total > kSpan) flush();
+    // From both ends at once: half as many steps, each of which waits for the last. They meet in one bit where their number is odd. The
+    // lanes take the steps together.
+    int *const end = staged + num_staged + inclusive, *const begin = end - __popc(word);
+    const int steps = (__reduce_max_sync(0xffffffffu, __popc(word)) + 1) / 2;
+    num_staged += total;
+#pragma unroll 2
+    for (int step = 0; step < steps; ++step) {
+      const unsigned lowest = word & (0u - word);
+      const int highest = 31 - __clz(word);
+      int from_below = index + 31 - __clz(lowest), from_above = index + highest;
+      // Worked out in all lanes: what is left to the condition is too little for a branch.
+      asm("" : "+r"(from_below), "+r"(from_above));
+      if (word) begin[step] = from_below, end[-1 - step] = from_above;
+      word &= ~lowest & ~(1u << (highest & 31));
+    }
   }
+  flush();
 }
 
 }  // namespace misa

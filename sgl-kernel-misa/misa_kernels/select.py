@@ -15,7 +15,14 @@ from types import SimpleNamespace
 
 import tilelang.language as T
 
-from misa_kernels.constants import FORMS, HEAD_DIM, PAGE_BYTES, PAGE_SIZE, SPAN
+from misa_kernels.constants import (
+    FORMS,
+    HEAD_DIM,
+    PAGE_BYTES,
+    PAGE_SIZE,
+    SPAN,
+    rows_per_tile,
+)
 from misa_kernels.dimensions import dimensions
 from misa_kernels.gather import TILE, get_score_listed
 from misa_kernels.headers import BINS, SCRATCH, include
@@ -36,6 +43,7 @@ def get_select_kernel(heads: int, capacity: int):
     """
     # The row's heads lie in the columns of lanes 0, 4, 8, ...; the others are zero.
     columns = 4 * heads
+    tile_rows = rows_per_tile(heads)
     (
         rows,
         num_heads,
@@ -123,7 +131,6 @@ def get_select_kernel(heads: int, capacity: int):
         offsets: T.Tensor((rows,), T.int32),
         out: T.Tensor((rows, topk), T.int32),
         first_tile: T.int32,
-        tile_rows: T.int32,
         init_tokens: T.int32,
         local_tokens: T.int32,
         form: T.int32,
@@ -259,6 +266,7 @@ def get_select_kernel(heads: int, capacity: int):
                     T.address_of(candidates[0]),
                     T.address_of(thresholds[slot, 0]),
                 )
+                T.call_extern("handle", "misa::wait_gathered<0>")
                 T.sync_threads()
                 upper = T.call_extern(
                     "int32", "misa::upper_bracket", T.address_of(candidates[0])
@@ -379,6 +387,7 @@ def get_select_kernel(heads: int, capacity: int):
                     this_row.pages,
                     offset,
                     T.address_of(scratch[0]),
+                    T.address_of(k_shared[0, 0, 0]),
                     T.address_of(out[row, 0]),
                 )
 

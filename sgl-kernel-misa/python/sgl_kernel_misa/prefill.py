@@ -329,7 +329,6 @@ def _chain(
             pages=pages,
             max_pages=max_pages,
             first_tile=first,
-            tile_rows=tile_rows,
             form=FORMS["positions"] if rerank_candidates else form,
             slots=count * tile_rows,
             width=words,

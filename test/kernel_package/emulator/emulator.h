@@ -192,6 +192,7 @@ T atomicAnd(T* address, T value) {
 inline void cudaGridDependencySynchronize() {}
 size_t __cvta_generic_to_shared(const void*);  // of functions that are PTX, which nobody calls here
 
+inline void __syncwarp() { emulator::share(0); }
 inline void __syncthreads() { emulator::wait(emulator::block_barriers[emulator::running->block]); }
 
 inline int __syncthreads_count(bool predicate) {

@@ -227,7 +227,7 @@ bool prefill_select() {
     }
   }
   std::vector<int> out = output_of(k);
-  std::vector<unsigned> places(kCapacity), slots(kCapacity);
+  std::vector<unsigned> places(kCapacity), slots(kCapacity), stage(kThreads / 32 * misa::kSpan);
   int info[misa::kCandidatesInts], radix[misa::kRadixInts], selected[kThreads / 32], count = 0;
   const misa::Candidates& candidates = misa::as_candidates(info);
   // The steps of misa_kernels/select.py.
@@ -263,7 +263,7 @@ bool prefill_select() {
     }
     __syncthreads();
     misa::emit<kThreads>(above, within, words, length, upper, misa::ties_selected(info, radix), selected, row.form,
-                         row.pages.data(), row.offset, scratch, out.data());
+                         row.pages.data(), row.offset, scratch, stage.data(), out.data());
   });
   // Nothing but time is lost without a bracket, but well-behaved scores have a narrow one, and so have plateaus.
   const bool bracketed = row.kind == NORMAL || row.kind == RARE || row.kind == ZEROS || row.kind == EQUAL ||
