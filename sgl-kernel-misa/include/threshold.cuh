@@ -92,7 +92,7 @@ __device__ __forceinline__ void find_two_bins(const int* high_bins, const int* l
 template <int THREADS, bool FIRST>
 __device__ __forceinline__ void count_samples(const float* scores, int samples, int left, int width, unsigned high,
                                               unsigned low, int* high_bins, int* low_bins) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = 2048 / THREADS;
   for (int first = threadIdx.x; first < samples; first += THREADS * kBatch) {
     float value[kBatch];
 #pragma unroll

@@ -5,7 +5,7 @@ import tilelang.language as T
 from misa_kernels.dimensions import dimensions
 from misa_kernels.headers import SCRATCH, include
 
-THREADS = 256
+THREADS = 128
 THRESHOLD_BINS = 1024  # of each of two histograms
 
 
@@ -35,7 +35,7 @@ def get_threshold_kernel():
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
             T.pdl_sync()
-            T.annotate_min_blocks_per_sm(5)
+            T.annotate_min_blocks_per_sm(8)
             bins = T.alloc_shared((2 * THRESHOLD_BINS,), T.int32)
             scratch = T.alloc_shared((SCRATCH,), T.int32)
             row = T.alloc_var(T.int32)
