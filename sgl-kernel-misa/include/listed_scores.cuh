@@ -39,23 +39,41 @@ __device__ __forceinline__ void copy_queries_in_quads(const void* q, void* q_roo
   fence_async();
 }
 
-// The score of one of a quad's two tokens: a lane adds its heads in ascending order for both, then the four lanes of the quad add their
-// sums, 0 + 1 and 2 + 3 first. Even lanes get that of row lane / 4, odd ones that of row lane / 4 + 8. acc: of an m64 wgmma whose columns
-// are the heads; gates: theirs, in shared memory; scale: of the lane's token. x + |x| is 2 relu(x), see sum_heads.
+// Where the gate of a head lies: those of the columns of an accumulator that a lane has, side by side.
 template <int HEADS>
-__device__ __forceinline__ float sum_heads_of_quad(const float* acc, const float2* gates, float scale) {
-  float sum[2] = {0.f, 0.f};
+__device__ __forceinline__ int gate_index(int head) {
+  return head % 8 / 2 * (HEADS / 4) + head / 8 * 2 + head % 2;
+}
+
+// The gates of all HEADS heads of a row. A barrier must follow.
+template <int HEADS>
+__device__ __forceinline__ void copy_gates(const float* weights, float* gates) {
+  if (threadIdx.x < HEADS) gates[gate_index<HEADS>(threadIdx.x)] = weights[threadIdx.x];
+}
+
+// Sums of a lane's heads, in ascending order, for two tokens, rows lane / 4 and lane / 4 + 8 of an m64 wgmma whose columns are the heads.
+// gates: of the lane's heads. x + |x| is 2 relu(x), see sum_heads.
+template <int HEADS>
+__device__ __forceinline__ void sum_heads_of_lane(const float* acc, const float4* gates, float* sum) {
+  sum[0] = sum[1] = 0.f;
 #pragma unroll
-  for (int i = 0; i < HEADS / 8; ++i) {
-    const float2 gate = gates[i * 4 + threadIdx.x % 4];
+  for (int i = 0; i < HEADS / 16; ++i) {
+    const float4 four = gates[i];
+    const float gate[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int rr = 0; rr < 2; ++rr) {
-      const float first = acc[i * 4 + rr * 2], second = acc[i * 4 + rr * 2 + 1];
-      sum[rr] = fmaf(gate.x, first + fabsf(first), sum[rr]);
-      sum[rr] = fmaf(gate.y, second + fabsf(second), sum[rr]);
+    for (int b = 0; b < 4; ++b) {
+#pragma unroll
+      for (int rr = 0; rr < 2; ++rr) {
+        const float dot = acc[(i * 2 + b / 2) * 4 + rr * 2 + b % 2];
+        sum[rr] = fmaf(gate[b], dot + fabsf(dot), sum[rr]);
+      }
     }
   }
-  const bool odd = threadIdx.x % 2;
+}
+
+// The score of one of a quad's two tokens, whose lanes add their sums, 0 + 1 and 2 + 3 first: even lanes get that of row lane / 4, odd ones
+// that of row lane / 4 + 8. scale: of the lane's token.
+__device__ __forceinline__ float sum_lanes_of_quad(const float* sum, float scale, bool odd) {
   float mine = odd ? sum[1] : sum[0];
   mine += __shfl_xor_sync(0xffffffffu, odd ? sum[0] : sum[1], 1);
   mine += __shfl_xor_sync(0xffffffffu, mine, 2);
@@ -63,38 +81,52 @@ __device__ __forceinline__ float sum_heads_of_quad(const float* acc, const float
 }
 
 // Scores the first `count` listed tokens: an entry of `scores` is a token's slot of the cache before, and its score as an ordered key after.
-// Each warp reads and writes the entries of its own tokens. q_room: what copy_queries_in_quads left; gates: of all heads, 8-byte aligned.
-// Begins and ends with a barrier.
+// Each warp reads and writes the entries of its own tokens. q_room: what copy_queries_in_quads left; gates: what copy_gates left, 16-byte
+// aligned. Begins and ends with a barrier.
+//
+// A tile's way takes three steps, of which the first and the last are of one tile while the second is of another, so that few wait:
+// 1. its keys come from the cache to registers,
+// 2. the tensor cores multiply them,
+// 3. a lane's heads are summed; and while the next tile is multiplied, the lanes' sums.
 template <int HEADS, int THREADS>
 __device__ __forceinline__ void score_slots(const void* keys, const void* scales, unsigned* scores, int count,
-                                            void* q_room, const void* gates) {
+                                            void* q_room, const float* gates) {
   constexpr int kTogether = THREADS / 128 * kListedTile;  // tokens of all warpgroups
   fill_last_tile<THREADS, kTogether>(scores, count);
-  const int quad = threadIdx.x % 4;
-  unsigned* const mine = scores + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  int quad = threadIdx.x % 4, entry = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const unsigned queries = operand(aligned(q_room));
   const char* pieces = (const char*)keys + quad * 16;
-  // Kept as it is: the compiler would make it anew, of its parts, for each address.
+  // Kept as they are: the compiler would make them anew, of their parts, in every tile.
   asm("" : "+l"(pieces));
+  asm("" : "+r"(quad));
+  asm("" : "+r"(entry));
+  const float4* const gates_of_lane = (const float4*)gates + quad * (HEADS / 16);
   uint4 key[2][2];
-  float scale, acc[HEADS / 2];
+  unsigned slot[2];
+  float scale, scale_before = 0.f, sum[2] = {0.f, 0.f}, acc[HEADS / 2];
 #pragma unroll
   for (int i = 0; i < HEADS / 2; ++i) acc[i] = 0.f;
-  const auto load = [&](int first) {
-    unsigned slot[2];
+  const auto load_slots = [&](int first) { slot[0] = scores[first + entry], slot[1] = scores[first + entry + 8]; };
+  const auto load_keys = [&]() {
 #pragma unroll
     for (int rr = 0; rr < 2; ++rr) {
-      slot[rr] = mine[first + rr * 8];
       // A page is 66 rows of 128 bytes, 64 of keys and 2 of scales.
       const char* from = pieces + (unsigned long long)(slot[rr] + slot[rr] / kPage * 2) * kHeadDim;
       key[rr][0] = __ldg((const uint4*)from);
       key[rr][1] = __ldg((const uint4*)(from + 64));
     }
-    const unsigned scored = quad % 2 ? slot[1] : slot[0];
-    scale = __ldg((const float*)((const char*)scales + scale_offset(scored)));
+    scale = __ldg((const float*)((const char*)scales + scale_offset(quad % 2 ? slot[1] : slot[0])));
+  };
+  const auto store_scores = [&](int first) {
+    const float score = sum_lanes_of_quad(sum, scale_before, quad % 2);
+    __syncwarp();  // all lanes have read the entries' slots
+    if (quad < 2) scores[first + entry + quad * 8] = ordered(score);
   };
   const int last = (count - 1) / kTogether * kTogether;
-  if (count > 0) load(0);
+  if (count > 0) {
+    load_slots(0);
+    load_keys();
+  }
 #pragma unroll 1
   for (int first = 0; first < count; first += kTogether) {
     tl::warpgroup_arrive();
@@ -106,15 +138,15 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
       wgmma<HEADS>(acc, a, queries + 2 * step, step > 0);
     }
     tl::warpgroup_commit_batch();
+    if (first > 0) store_scores(first - kTogether);
+    load_slots(min(first + kTogether, last));  // the last ones come again, which spares a branch
     tl::warpgroup_wait<0>();
     tl::warpgroup_fence_operand(acc, HEADS / 2);
-    const float of_token = scale;
-    // Under way while the heads are summed; the last ones come again, which spares a branch.
-    load(min(first + kTogether, last));
-    const float score = sum_heads_of_quad<HEADS>(acc, (const float2*)gates, of_token);
-    __syncwarp();  // of the last tile, slots have been read again
-    if (quad < 2) mine[first + quad * 8] = ordered(score);
+    scale_before = scale;
+    load_keys();
+    sum_heads_of_lane<HEADS>(acc, gates_of_lane, sum);
   }
+  if (count > 0) store_scores(last);
   __syncthreads();
 }
 

@@ -71,19 +71,25 @@ __device__ __forceinline__ void select_listed(const int* list, const unsigned* s
     need -= scratch[33];
     settled = need == scratch[34];
   }
-  const auto above = [&](int i) { return left < 32 && scores[i] >> left > prefix; };
-  const auto tied = [&](int i) { return left == 32 || scores[i] >> left == prefix; };
-
   // Each warp takes a contiguous part of the list: it counts its own, then writes behind those of the warps before.
   constexpr int kWarps = THREADS / 32, kUnroll = 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int share = (count + kWarps * 32 - 1) / (kWarps * 32) * 32;
   const int first = warp * share, last = min(first + share, count);
+  // Of an entry, whether it is selected for certain, and whether it is one of those of which the first are. Without a branch: all loads are
+  // under way together.
+  const auto compare = [&](int i, bool& above, bool& tied) {
+    const unsigned key = left < 32 ? scores[min(i, last - 1)] >> left : 0u;
+    above = i < last && key > prefix;
+    tied = i < last && key == prefix;
+  };
   int num_above = 0, num_tied = 0;
 #pragma unroll 4
   for (int i = first + lane; i < last; i += 32) {
-    num_above += above(i);
-    num_tied += tied(i);
+    bool above, tied;
+    compare(i, above, tied);
+    num_above += above;
+    num_tied += tied;
   }
   num_above = __reduce_add_sync(0xffffffffu, num_above);
   num_tied = __reduce_add_sync(0xffffffffu, num_tied);
@@ -99,23 +105,24 @@ __device__ __forceinline__ void select_listed(const int* list, const unsigned* s
     slot += scratch[i] + taken;
     need -= taken;
   }
+  const unsigned before = (1u << lane) - 1;
   for (int base = first; base < last; base += 32 * kUnroll) {
-    int to[kUnroll], position[kUnroll];
+    int position[kUnroll];
+    bool above[kUnroll], tied[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = base + u * 32 + lane;
-      const unsigned before = (1u << lane) - 1;
-      const unsigned ties = __ballot_sync(0xffffffffu, i < last && tied(i));
-      const bool selected = i < last && (above(i) || (tied(i) && __popc(ties & before) < need));
-      const unsigned vote = __ballot_sync(0xffffffffu, selected);
-      to[u] = selected ? slot + __popc(vote & before) : -1;
-      position[u] = selected ? list[i] : 0;
-      slot += __popc(vote);
-      need -= min(__popc(ties), need);
+      position[u] = list[min(i, last - 1)];
+      compare(i, above[u], tied[u]);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (to[u] >= 0) out[to[u]] = output_index(position[u], form, pages, offset);
+      const unsigned ties = __ballot_sync(0xffffffffu, tied[u]);
+      const bool selected = above[u] || (tied[u] && __popc(ties & before) < need);
+      const unsigned vote = __ballot_sync(0xffffffffu, selected);
+      if (selected) out[slot + __popc(vote & before)] = output_index(position[u], form, pages, offset);
+      slot += __popc(vote);
+      need -= min(__popc(ties), need);
     }
   }
 }
