@@ -135,17 +135,39 @@ def fp8_tflops(size: int = 8192, products: int = 10) -> float:
     return 2 * size**3 / milliseconds / 1e9
 
 
+def added_times(kernels: list) -> list:
+    """Kernels of a stream -> [(name, launches, time)], longest first; their times add up to that in which any runs.
+
+    A kernel that is launched programmatically starts while the one ahead of it still runs, and waits: it counts from when that one
+    has ended.
+
+    Args:
+        kernels: (name, start, end) of each.
+    """
+    times: dict = {}
+    ended = float("-inf")
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        launches, time_of = times.get(name, (0, 0.0))
+        added = max(0.0, end - max(start, ended))
+        times[name] = (launches + 1, time_of + added)
+        ended = max(ended, end)
+    return sorted(
+        ((name, *rest) for name, rest in times.items()), key=lambda kernel: -kernel[2]
+    )
+
+
 def profile(call) -> list:
-    """Kernels of one call -> [(name, launches, microseconds)], longest first."""
+    """Kernels of one call -> [(name, launches, microseconds)] of `added_times`."""
     call(0)
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         call(0)
         torch.cuda.synchronize()
-    kernels = [
-        (event.key, event.count, event.self_device_time_total)
-        for event in profiler.key_averages()
-        if event.self_device_time_total > 0
-    ]
-    return sorted(kernels, key=lambda kernel: -kernel[2])
+    return added_times(
+        [
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        ]
+    )

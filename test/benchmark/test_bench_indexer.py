@@ -481,3 +481,9 @@ def test_a_profile():
     # 1.06 of 50 us.
     assert profile.line(known).split()[4:6] == ["1.1", "2%"]
     assert unknown["us_at_rates"] is None and "-  fill" in profile.line(unknown)
+
+
+def test_a_kernel_that_waits_for_another_counts_from_its_end():
+    kernels = [("b", 4, 12), ("a", 0, 10), ("c", 20, 25), ("a", 11, 13)]
+
+    assert timing.added_times(kernels) == [("a", 2, 11), ("c", 1, 5), ("b", 1, 2)]
