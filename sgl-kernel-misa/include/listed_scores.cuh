@@ -39,34 +39,20 @@ __device__ __forceinline__ void copy_queries_in_quads(const void* q, void* q_roo
   fence_async();
 }
 
-// Where the gate of a head lies: those of the columns of an accumulator that a lane has, side by side.
-template <int HEADS>
-__device__ __forceinline__ int gate_index(int head) {
-  return head % 8 / 2 * (HEADS / 4) + head / 8 * 2 + head % 2;
-}
-
-// The gates of all HEADS heads of a row. A barrier must follow.
-template <int HEADS>
-__device__ __forceinline__ void copy_gates(const float* weights, float* gates) {
-  if (threadIdx.x < HEADS) gates[gate_index<HEADS>(threadIdx.x)] = weights[threadIdx.x];
-}
-
 // Sums of a lane's heads, in ascending order, for two tokens, rows lane / 4 and lane / 4 + 8 of an m64 wgmma whose columns are the heads.
-// gates: of the lane's heads. x + |x| is 2 relu(x), see sum_heads.
+// gates: from the lane's first pair on; those of a quad side by side, so that a load of theirs takes shared memory one step. x + |x| is
+// 2 relu(x), see sum_heads.
 template <int HEADS>
-__device__ __forceinline__ void sum_heads_of_lane(const float* acc, const float4* gates, float* sum) {
+__device__ __forceinline__ void sum_heads_of_lane(const float* acc, const float2* gates, float* sum) {
   sum[0] = sum[1] = 0.f;
 #pragma unroll
-  for (int i = 0; i < HEADS / 16; ++i) {
-    const float4 four = gates[i];
-    const float gate[4] = {four.x, four.y, four.z, four.w};
+  for (int i = 0; i < HEADS / 8; ++i) {
+    const float2 gate = gates[i * 4];
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-#pragma unroll
-      for (int rr = 0; rr < 2; ++rr) {
-        const float dot = acc[(i * 2 + b / 2) * 4 + rr * 2 + b % 2];
-        sum[rr] = fmaf(gate[b], dot + fabsf(dot), sum[rr]);
-      }
+    for (int rr = 0; rr < 2; ++rr) {
+      const float first = acc[i * 4 + rr * 2], second = acc[i * 4 + rr * 2 + 1];
+      sum[rr] = fmaf(gate.x, first + fabsf(first), sum[rr]);
+      sum[rr] = fmaf(gate.y, second + fabsf(second), sum[rr]);
     }
   }
 }
@@ -81,8 +67,8 @@ __device__ __forceinline__ float sum_lanes_of_quad(const float* sum, float scale
 }
 
 // Scores the first `count` listed tokens: an entry of `scores` is a token's slot of the cache before, and its score as an ordered key after.
-// Each warp reads and writes the entries of its own tokens. q_room: what copy_queries_in_quads left; gates: what copy_gates left, 16-byte
-// aligned. Begins and ends with a barrier.
+// Each warp reads and writes the entries of its own tokens. q_room: what copy_queries_in_quads left; gates: of all heads, 8-byte aligned.
+// Begins and ends with a barrier.
 //
 // A tile's way takes three steps, of which the first and the last are of one tile while the second is of another, so that few wait:
 // 1. its keys come from the cache to registers,
@@ -90,7 +76,7 @@ __device__ __forceinline__ float sum_lanes_of_quad(const float* sum, float scale
 // 3. a lane's heads are summed; and while the next tile is multiplied, the lanes' sums.
 template <int HEADS, int THREADS>
 __device__ __forceinline__ void score_slots(const void* keys, const void* scales, unsigned* scores, int count,
-                                            void* q_room, const float* gates) {
+                                            void* q_room, const void* gates) {
   constexpr int kTogether = THREADS / 128 * kListedTile;  // tokens of all warpgroups
   fill_last_tile<THREADS, kTogether>(scores, count);
   int quad = threadIdx.x % 4, entry = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
@@ -100,7 +86,7 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
   asm("" : "+l"(pieces));
   asm("" : "+r"(quad));
   asm("" : "+r"(entry));
-  const float4* const gates_of_lane = (const float4*)gates + quad * (HEADS / 16);
+  const float2* const gates_of_lane = (const float2*)gates + quad;
   uint4 key[2][2];
   unsigned slot[2];
   float scale, scale_before = 0.f, sum[2] = {0.f, 0.f}, acc[HEADS / 2];

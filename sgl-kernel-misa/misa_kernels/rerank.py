@@ -96,12 +96,8 @@ def get_rerank_kernel(num_heads: int, capacity: int, ranks: int):
                     T.address_of(q[row, 0, 0]),
                     T.address_of(q_shared[0]),
                 )
-                T.call_extern(
-                    "handle",
-                    f"misa::copy_gates<{num_heads}>",
-                    T.address_of(weights[row, 0]),
-                    T.address_of(gates[0]),
-                )
+                if tx < num_heads:
+                    gates[tx] = weights[row, tx]
                 T.call_extern(
                     "handle",
                     f"misa::score_slots<{num_heads}, {THREADS}>",
