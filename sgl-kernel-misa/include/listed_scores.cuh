@@ -39,12 +39,12 @@ __device__ __forceinline__ void copy_queries_in_quads(const void* q, void* q_roo
   fence_async();
 }
 
-// Sums of a lane's heads, in ascending order, for two tokens, rows lane / 4 and lane / 4 + 8 of an m64 wgmma whose columns are the heads.
-// gates: from the lane's first pair on; those of a quad side by side, so that a load of theirs takes shared memory one step. x + |x| is
-// 2 relu(x), see sum_heads.
+// The score of one of a quad's two tokens: a lane adds its heads in ascending order for both, then the four lanes of the quad add their
+// sums, 0 + 1 and 2 + 3 first. Even lanes get that of row lane / 4, odd ones that of row lane / 4 + 8. acc: of an m64 wgmma whose columns
+// are the heads; gates: from the lane's first pair on, in shared memory; scale: of the lane's token. x + |x| is 2 relu(x), see sum_heads.
 template <int HEADS>
-__device__ __forceinline__ void sum_heads_of_lane(const float* acc, const float2* gates, float* sum) {
-  sum[0] = sum[1] = 0.f;
+__device__ __forceinline__ float sum_heads_of_quad(const float* acc, const float2* gates, float scale, bool odd) {
+  float sum[2] = {0.f, 0.f};
 #pragma unroll
   for (int i = 0; i < HEADS / 8; ++i) {
     const float2 gate = gates[i * 4];
@@ -55,11 +55,6 @@ __device__ __forceinline__ void sum_heads_of_lane(const float* acc, const float2
       sum[rr] = fmaf(gate.y, second + fabsf(second), sum[rr]);
     }
   }
-}
-
-// The score of one of a quad's two tokens, whose lanes add their sums, 0 + 1 and 2 + 3 first: even lanes get that of row lane / 4, odd ones
-// that of row lane / 4 + 8. scale: of the lane's token.
-__device__ __forceinline__ float sum_lanes_of_quad(const float* sum, float scale, bool odd) {
   float mine = odd ? sum[1] : sum[0];
   mine += __shfl_xor_sync(0xffffffffu, odd ? sum[0] : sum[1], 1);
   mine += __shfl_xor_sync(0xffffffffu, mine, 2);
@@ -70,10 +65,8 @@ __device__ __forceinline__ float sum_lanes_of_quad(const float* sum, float scale
 // Each warp reads and writes the entries of its own tokens. q_room: what copy_queries_in_quads left; gates: of all heads, 8-byte aligned.
 // Begins and ends with a barrier.
 //
-// A tile's way takes three steps, of which the first and the last are of one tile while the second is of another, so that few wait:
-// 1. its keys come from the cache to registers,
-// 2. the tensor cores multiply them,
-// 3. a lane's heads are summed; and while the next tile is multiplied, the lanes' sums.
+// The next tile's keys are asked for as soon as the tensor cores have read this one's, and are under way while its heads are summed.
+// Their slots are read before.
 template <int HEADS, int THREADS>
 __device__ __forceinline__ void score_slots(const void* keys, const void* scales, unsigned* scores, int count,
                                             void* q_room, const void* gates) {
@@ -89,7 +82,7 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
   const float2* const gates_of_lane = (const float2*)gates + quad;
   uint4 key[2][2];
   unsigned slot[2];
-  float scale, scale_before = 0.f, sum[2] = {0.f, 0.f}, acc[HEADS / 2];
+  float scale, acc[HEADS / 2];
 #pragma unroll
   for (int i = 0; i < HEADS / 2; ++i) acc[i] = 0.f;
   const auto load_slots = [&](int first) { slot[0] = scores[first + entry], slot[1] = scores[first + entry + 8]; };
@@ -102,11 +95,6 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
       key[rr][1] = __ldg((const uint4*)(from + 64));
     }
     scale = __ldg((const float*)((const char*)scales + scale_offset(quad % 2 ? slot[1] : slot[0])));
-  };
-  const auto store_scores = [&](int first) {
-    const float score = sum_lanes_of_quad(sum, scale_before, quad % 2);
-    __syncwarp();  // all lanes have read the entries' slots
-    if (quad < 2) scores[first + entry + quad * 8] = ordered(score);
   };
   const int last = (count - 1) / kTogether * kTogether;
   if (count > 0) {
@@ -124,15 +112,15 @@ __device__ __forceinline__ void score_slots(const void* keys, const void* scales
       wgmma<HEADS>(acc, a, queries + 2 * step, step > 0);
     }
     tl::warpgroup_commit_batch();
-    if (first > 0) store_scores(first - kTogether);
     load_slots(min(first + kTogether, last));  // the last ones come again, which spares a branch
     tl::warpgroup_wait<0>();
     tl::warpgroup_fence_operand(acc, HEADS / 2);
-    scale_before = scale;
+    const float of_token = scale;
     load_keys();
-    sum_heads_of_lane<HEADS>(acc, gates_of_lane, sum);
+    const float score = sum_heads_of_quad<HEADS>(acc, gates_of_lane, of_token, quad % 2);
+    __syncwarp();  // all lanes have read the entries' slots, of the last tile twice
+    if (quad < 2) scores[first + entry + quad * 8] = ordered(score);
   }
-  if (count > 0) store_scores(last);
   __syncthreads();
 }
 
