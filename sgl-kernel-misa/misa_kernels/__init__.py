@@ -29,6 +29,7 @@ from misa_kernels.constants import (
     RERANK_CAPACITIES,
     RERANK_RANKS,
     SELECT_CAPACITIES,
+    THRESHOLD_THREADS,
 )
 from misa_kernels.decode_route import get_decode_route_kernel
 from misa_kernels.decode_score import get_decode_score_kernel
@@ -70,8 +71,9 @@ def _kernels() -> Dict[str, Kernel]:
         ),
         "pool_blocks": Kernel(get_pool_blocks_kernel),
         "sample": Kernel(get_sample_kernel),
-        "threshold": Kernel(get_threshold_kernel),
     }
+    for threads in THRESHOLD_THREADS:
+        kernels[f"threshold_{threads}"] = Kernel(partial(get_threshold_kernel, threads))
     for num_heads in NUM_HEADS:
         kernels[f"route_{num_heads}"] = Kernel(partial(get_route_kernel, num_heads))
         # Shares its SMs with `decode_score` in decode.

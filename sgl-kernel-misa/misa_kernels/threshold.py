@@ -5,12 +5,11 @@ import tilelang.language as T
 from misa_kernels.dimensions import dimensions
 from misa_kernels.headers import SCRATCH, include
 
-THREADS = 128
 THRESHOLD_BINS = 1024  # of each of two histograms
 
 
-def get_threshold_kernel():
-    """One CTA a row.
+def get_threshold_kernel(threads: int):
+    """One CTA of so many threads a row.
 
     The histograms are CUDA: TileLang has no digit of a key, and its reductions do not find a bin.
     """
@@ -30,12 +29,12 @@ def get_threshold_kernel():
         deviations: T.int32,
         room: T.int32,
     ):
-        with T.Kernel(slots, threads=THREADS) as slot:
+        with T.Kernel(slots, threads=threads) as slot:
             T.import_source(include("threshold.cuh", kThresholdBins=THRESHOLD_BINS))
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
             T.pdl_sync()
-            T.annotate_min_blocks_per_sm(8)
+            T.annotate_min_blocks_per_sm(1024 // threads)
             bins = T.alloc_shared((2 * THRESHOLD_BINS,), T.int32)
             scratch = T.alloc_shared((SCRATCH,), T.int32)
             row = T.alloc_var(T.int32)
@@ -56,7 +55,7 @@ def get_threshold_kernel():
                 if lengths[row] > topk:
                     T.call_extern(
                         "handle",
-                        f"misa::thresholds<{THREADS}>",
+                        f"misa::thresholds<{threads}>",
                         T.address_of(samples[slot, 0]),
                         lengths[row],
                         topk,

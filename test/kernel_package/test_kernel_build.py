@@ -22,7 +22,10 @@ from misa_kernels import KERNELS
 
 PARTS = shutil.ignore_patterns("build", "lib", "*.egg-info", "__pycache__")
 SMALL = "update_pooled_keys_int32"
-WAITS, DOES_NOT_WAIT = "threshold", "sample"  # for the kernel ahead, with T.pdl_sync
+WAITS, DOES_NOT_WAIT = (
+    "threshold_128",
+    "sample",
+)  # for the kernel ahead, with T.pdl_sync
 
 
 def build(sources: Path, *options: str, **environment) -> subprocess.CompletedProcess:

@@ -408,7 +408,7 @@ def test_launches_fit_the_kernels(launches, sms):
             assert names("topk_prefill", heads=given, topk=topk) == [
                 "sample",
                 f"score_samples_{scoring}",
-                "threshold",
+                "threshold_128",
                 f"score_planes_{scoring}",
                 f"select_{scoring}_{capacity}",
             ]
@@ -422,7 +422,7 @@ def test_launches_fit_the_kernels(launches, sms):
             "route_sampled_64",
             "sample",
             f"score_samples_{scoring}",
-            "threshold",
+            "threshold_128",
             f"score_planes_{scoring}",
             f"select_{scoring}_3072",
         ]

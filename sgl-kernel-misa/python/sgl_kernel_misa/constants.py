@@ -28,6 +28,9 @@ FORMS = {"positions": 0, "slots": 1, "ragged": 2}
 
 # Prefill.
 SPAN = 1024  # tokens in 32 words of a bit plane
+# Of a CTA that finds a row's thresholds: up to MANY_SAMPLES, where its histograms take the time, and above, where the samples do.
+THRESHOLD_THREADS = (128, 256)
+MANY_SAMPLES = 4096
 SELECT_CAPACITIES = (
     3072,
     6144,

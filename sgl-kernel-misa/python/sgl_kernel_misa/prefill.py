@@ -12,12 +12,14 @@ import torch
 from sgl_kernel_misa import checks
 from sgl_kernel_misa.constants import (
     FORMS,
+    MANY_SAMPLES,
     PAGE_BYTES,
     PAGE_KEY_BYTES,
     PAGE_SIZE,
     PREFILL_SLOTS,
     SELECT_CAPACITIES,
     SPAN,
+    THRESHOLD_THREADS,
     rows_per_tile,
 )
 from sgl_kernel_misa.device import num_sms
@@ -252,6 +254,7 @@ def _chain(
     shift = sample_shift(context)
     sample_pages = max(1, -(-context // (PAGE_SIZE << shift)))
     width = sample_pages * PAGE_SIZE
+    threads = THRESHOLD_THREADS[width > MANY_SAMPLES]
 
     # Sequences begin new tiles, padding rows form one more sequence.
     tiles = rows // tile_rows + batch + 1
@@ -339,7 +342,11 @@ def _chain(
                 score_samples,
                 {"keys": "samples", "scales": "sample_scales", "out": "sampled"},
             ),
-            Step("threshold", threshold, {"samples": "sampled", "out": "thresholds"}),
+            Step(
+                f"threshold_{threads}",
+                threshold,
+                {"samples": "sampled", "out": "thresholds"},
+            ),
             Step(f"score_planes_{scoring}", score_planes, {"out": "planes"}),
             Step(f"select_{scoring}_{capacity}", select, selected),
         ]

@@ -199,8 +199,13 @@ bool prefill_select() {
     samples.push_back(row.scores[misa::sample_position(i, shift)]);
   alignas(16) int bins[misa::kBins], scratch[64];
   float threshold[3];
-  emulator::run(1, kThreads, [&](int) {
-    misa::thresholds<kThreads>(samples.data(), length, k, shift, deviations, 3072 >> shift, bins, scratch, threshold);
+  const int room = 3072 >> shift, threads = any_of({128, 256});
+  emulator::run(1, threads, [&](int) {
+    if (threads == 128) {
+      misa::thresholds<128>(samples.data(), length, k, shift, deviations, room, bins, scratch, threshold);
+    } else {
+      misa::thresholds<256>(samples.data(), length, k, shift, deviations, room, bins, scratch, threshold);
+    }
   });
   if (misled == 1) threshold[0] = threshold[1] = threshold[2] = -1e30f;
   if (misled == 2) threshold[0] = threshold[1] = threshold[2] = 1e31f;
