@@ -30,6 +30,8 @@ from misa_kernels.paged_cache import PAGE_WORDS
 
 THREADS = 256
 STAGES = 2
+# The candidates' keys make room, in the end, for the positions that each warp writes: those of a span.
+assert STAGES * TILE * HEAD_DIM >= THREADS // 32 * SPAN * 4
 # Digits of a radix selection of scores, and ints of what is known of it and of the candidates.
 DIGITS, RADIX_INTS, CANDIDATES_INTS = 3, 5, 4
 
