@@ -191,5 +191,8 @@ def line(record: dict) -> str:
     else:
         bound = max(record["us_at_rates"].values())
         shown += f" {record['operations'] / 1e9:9.2f} {record['bytes'] / 1e6:9.1f}"
-        shown += f" {bound:12.1f} {bound / record['us']:8.0%}"
+        share = (
+            f"{bound / record['us']:.0%}" if record["us"] else "-"
+        )  # all of it beside another
+        shown += f" {bound:12.1f} {share:>8}"
     return f"{shown}  {record['kernel'][:100]}"

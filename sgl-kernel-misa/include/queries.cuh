@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_queries(const void* q, const int* active, c
 }
 
 // Begins to copy the queries of one row for `select`, whose columns belong to four rows: the other three are zero. Closes a group of
-// copies.
+// copies; `wait_gathered` and a barrier must follow.
 template <int SLOTS, int THREADS>
 __device__ __forceinline__ void copy_queries_of_row(const void* q, const int* active, const void* shared_q,
                                                     int num_heads, int active_heads, int shared, int row,

@@ -34,9 +34,9 @@ __device__ __forceinline__ unsigned head_key(float estimate) { return estimate =
 
 // Writes the `count` heads of the largest keys, ascending; of equal keys the lower head. Every thread of a CTA of at least 128 must call
 // this. Both in shared memory: keys, of `head_key` and hence none 0, one a head, 16-byte aligned, written before a barrier; votes, 2
-// words, which have a bit for each head behind the barrier in here.
+// words, of which the first HEADS bits say behind the barrier in here which heads these are.
 //
-// Keys and heads together have a strict order, whatever the bits are, so the ranks are a permutation and exactly `count` heads are
+// Keys and heads together have a strict order, so the ranks are a permutation and exactly `count` heads are
 // chosen. The writes are bounded all the same.
 template <int HEADS>
 __device__ __forceinline__ void pick_heads(const unsigned* keys, int count, unsigned* votes, int* out) {

@@ -156,7 +156,7 @@ __device__ __forceinline__ float shared_scale_of(float largest) {
   return __uint_as_float((unsigned)min(max(exponent, 1), 254) << 23);
 }
 
-// u = the sum of slope * weight * query over the heads that are not in `routed`, two words of bits; as FP8 with its scale. The heads
+// u = the sum of slope * weight * query over the heads that are not in `routed`, a bit a head; as FP8 with its scale. The heads
 // are taken in four parts of ascending heads, whose sums are added in the order of the parts. sums: 4 * 128 floats; factors: 64;
 // largest: 4. Every thread must call this; `slopes` and `routed` are there.
 template <int HEADS>

@@ -8,7 +8,7 @@
 
 namespace misa {
 
-// Bins of a histogram: there are two, and clearing and scanning them is most of the work.
+// Bins of a histogram: there are two, and up to some thousand samples clearing and scanning them is most of the work.
 constexpr int kThresholdDigit = 10;
 constexpr int kThresholdBins = 1 << kThresholdDigit;
 

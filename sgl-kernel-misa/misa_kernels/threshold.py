@@ -34,7 +34,7 @@ def get_threshold_kernel(threads: int):
             # The next kernel may start, and wait like this one: its launch takes as long as the last blocks here.
             T.pdl_trigger()
             T.pdl_sync()
-            T.annotate_min_blocks_per_sm(1024 // threads)
+            T.annotate_min_blocks_per_sm(1024 // threads)  # 64 registers a thread
             bins = T.alloc_shared((2 * THRESHOLD_BINS,), T.int32)
             scratch = T.alloc_shared((SCRATCH,), T.int32)
             row = T.alloc_var(T.int32)
