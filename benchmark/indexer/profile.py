@@ -191,8 +191,7 @@ def line(record: dict) -> str:
     else:
         bound = max(record["us_at_rates"].values())
         shown += f" {record['operations'] / 1e9:9.2f} {record['bytes'] / 1e6:9.1f}"
-        share = (
-            f"{bound / record['us']:.0%}" if record["us"] else "-"
-        )  # all of it beside another
+        # None of the time is its own if another kernel ran all the while.
+        share = f"{bound / record['us']:.0%}" if record["us"] else "-"
         shown += f" {bound:12.1f} {share:>8}"
     return f"{shown}  {record['kernel'][:100]}"

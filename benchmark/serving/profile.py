@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Dict, List
 
 import torch
+from indexer.timing import added_times
 
 from sglang_misa.client import Client
 
@@ -57,17 +58,15 @@ def read_trace(path: Path, steps: int) -> Dict:
         raise RuntimeError(f"{path} has no kernels")
     times: Dict[str, List[float]] = defaultdict(list)
     parts: Dict[str, float] = defaultdict(float)
-    busy, end = 0.0, float("-inf")
-    for event in sorted(chosen, key=lambda event: event["ts"]):
+    spans = [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in chosen]
+    for event in chosen:
         times[event["name"]].append(event["dur"])
         parts[part_of(event["name"])] += event["dur"] / steps
-        until = event["ts"] + event["dur"]
-        busy += max(0.0, until - max(end, event["ts"]))
-        end = max(end, until)
+    first, last = min(start for _, start, _ in spans), max(end for _, _, end in spans)
     kernels = [(name, len(t) / steps, sum(t) / steps) for name, t in times.items()]
     return {
-        "span_us": (end - min(event["ts"] for event in chosen)) / steps,
-        "busy_us": busy / steps,
+        "span_us": (last - first) / steps,
+        "busy_us": sum(us for _, _, us in added_times(spans)) / steps,
         "kernels": sorted(kernels, key=lambda kernel: -kernel[2]),
         "parts": dict(sorted(parts.items(), key=lambda part: -part[1])),
     }

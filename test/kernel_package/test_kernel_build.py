@@ -22,10 +22,8 @@ from misa_kernels import KERNELS
 
 PARTS = shutil.ignore_patterns("build", "lib", "*.egg-info", "__pycache__")
 SMALL = "update_pooled_keys_int32"
-WAITS, DOES_NOT_WAIT = (
-    "threshold_128",
-    "sample",
-)  # for the kernel ahead, with T.pdl_sync
+# For the kernel ahead, with T.pdl_sync.
+WAITS, DOES_NOT_WAIT = "threshold_128", "sample"
 
 
 def build(sources: Path, *options: str, **environment) -> subprocess.CompletedProcess:

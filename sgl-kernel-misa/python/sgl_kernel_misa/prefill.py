@@ -254,7 +254,8 @@ def _chain(
     shift = sample_shift(context)
     sample_pages = max(1, -(-context // (PAGE_SIZE << shift)))
     width = sample_pages * PAGE_SIZE
-    threads = THRESHOLD_THREADS[width > MANY_SAMPLES]
+    few, many = THRESHOLD_THREADS
+    threads = few if width <= MANY_SAMPLES else many
 
     # Sequences begin new tiles, padding rows form one more sequence.
     tiles = rows // tile_rows + batch + 1
